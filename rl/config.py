@@ -1,0 +1,290 @@
+"""This file declares every knob of a run: strict, frozen, with units in the names and cross-field checks.
+
+`rl/config_loading.py` reads YAML and overrides into `RunConfig`. What can be derived is not asked: see the properties.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A strict and frozen part of the configuration: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class RunSection(Section):
+    """Which run this is, and how long it goes on."""
+
+    name: str = Field("run", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]{0,40}$", description="first part of the run id")
+    seed: int = Field(0, ge=0, description="decides draws, sampling and shuffling")
+    steps: int = Field(..., ge=1, description="optimizer steps, in all")
+    dir: str = Field("runs", description="folder that holds the run directories")
+
+
+class ModelSection(Section):
+    """The policy and where it computes."""
+
+    path: str = Field(..., min_length=1, description="Hugging Face id, directory, or gguf:<python package>/<file>")
+    max_context_tokens: int = Field(512, ge=16, description="prompt and completion together, per sequence")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes cuda where an NVIDIA driver answers")
+    system_prompt: str | None = Field(None, description="a system message put before every prompt")
+
+
+class ReasoningGymSource(Section):
+    """Endless prompts from one reasoning_gym dataset; each level is a set of its own parameters."""
+
+    kind: Literal["reasoning_gym"]
+    dataset: str = Field(..., description="a reasoning_gym dataset name")
+    levels: dict[str, dict[str, Any]] = Field(..., min_length=1, description="level name -> dataset parameters")
+    weight: float = Field(1.0, gt=0, description="share of this source among all sources")
+    instruction: str = Field("", description="text appended to every question")
+
+
+class JsonlSource(Section):
+    """Prompts from a file with one JSON object per line."""
+
+    kind: Literal["jsonl"]
+    path: str = Field(..., description="the file to train on")
+    held_out_path: str | None = Field(None, description="the file to evaluate on; none: the source is not evaluated")
+    prompt_column: str = Field("prompt", description="a string, or a list of {role, content}")
+    reference_column: str | None = Field("answer", description="the reference answer; null where there is none")
+    level_column: str | None = Field(None, description="the difficulty bucket; null puts all in one")
+    weight: float = Field(1.0, gt=0, description="share of this source among all sources")
+    instruction: str = Field("", description="text appended to every question")
+
+
+class HubSource(Section):
+    """Prompts from a Hugging Face dataset."""
+
+    kind: Literal["hub"]
+    dataset: str = Field(..., description="a datasets id, such as openai/gsm8k")
+    subset: str | None = Field(None, description="the dataset's configuration name")
+    split: str = Field("train", description="the split to train on")
+    held_out_split: str | None = Field(None, description="the split to evaluate on")
+    prompt_column: str = Field("prompt", description="a string, or a list of {role, content}")
+    reference_column: str | None = Field("answer", description="the reference answer; null where there is none")
+    level_column: str | None = Field(None, description="the difficulty bucket; null puts all in one")
+    weight: float = Field(1.0, gt=0, description="share of this source among all sources")
+    instruction: str = Field("", description="text appended to every question")
+
+
+Source = Annotated[ReasoningGymSource | JsonlSource | HubSource, Field(discriminator="kind")]
+
+
+class RewardFunction(Section):
+    """One reward of the weighted sum."""
+
+    use: str = Field(..., description="a registered name, module:function, or path/to/file.py:function")
+    weight: float = Field(1.0, description="factor in the sum of a trajectory's reward")
+    sources: tuple[str, ...] | None = Field(None, description="sources it judges; null for all")
+    timeout_s: float = Field(10.0, gt=0, description="seconds of execution per completion before the child is killed")
+    params: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the function")
+
+
+class RewardsSection(Section):
+    """What a good answer is."""
+
+    functions: dict[str, RewardFunction] = Field(..., min_length=1, description="reward part name -> function")
+    workers: int = Field(1, ge=1, description="child processes that judge, per generator")
+    max_failure_fraction: float = Field(0.2, ge=0, le=1, description="above this share of failures the run stops")
+
+
+class CurriculumSection(Section):
+    """Which prompt is worth paying for."""
+
+    name: Literal["band", "uniform"] = Field("band", description="uniform draws without regard to difficulty")
+    band_low: float = Field(0.2, ge=0, le=1, description="lowest pass rate of the target band")
+    band_high: float = Field(0.8, ge=0, le=1, description="highest pass rate of the target band")
+    exploration_fraction: float = Field(0.1, ge=0, le=1, description="share of draws that ignore the beliefs")
+    discount_per_version: float = Field(0.9, gt=0, le=1, description="what a policy version leaves of old evidence")
+    max_uninformative_steps: int = Field(8, ge=1, description="steps' worth of groups without signal before stopping")
+
+    @model_validator(mode="after")
+    def _band_is_a_band(self) -> CurriculumSection:
+        if self.band_low >= self.band_high:
+            raise ValueError(f"band_low {self.band_low} is not below band_high {self.band_high}; swap them")
+        return self
+
+
+class RolloutSection(Section):
+    """How a group is sampled."""
+
+    group_size: int = Field(8, ge=1, description="completions per prompt")
+    max_tokens: int = Field(48, ge=1, description="longest completion, in tokens")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; the learner's logits are scaled alike")
+
+
+class StalenessSection(Section):
+    """How far behind a trajectory's policy may be."""
+
+    max_lag: int = Field(2, ge=0, description="policy versions; 0 is exactly the synchronous loop")
+
+
+class AlgorithmSection(Section):
+    """The objective, by name, and its few knobs."""
+
+    name: str = Field("cispo", description="a row of learners/algorithms.py")
+    ratio_cap: float = Field(5.0, gt=0, description="upper clip of the importance weight")
+
+
+class LearnerSection(Section):
+    """How the policy is optimised."""
+
+    ranks: int = Field(1, ge=1, description="FSDP2 processes")
+    groups_per_step: int = Field(8, ge=1, description="groups in one optimizer step")
+    micro_batch_tokens: int = Field(2048, ge=16, description="padded tokens of one forward pass, per rank")
+    lr: float = Field(1e-5, ge=0, description="AdamW learning rate after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decays")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="global norm above which gradients are scaled down")
+    compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="forward and backward; masters are fp32")
+    threads_per_rank: int | None = Field(None, ge=1, description="CPU threads; null shares the cores out")
+    max_logprob_gap: float = Field(0.05, gt=0, description="largest mean |difference| to the engine before the first step")
+
+
+class GeneratorsSection(Section):
+    """How many engines sample, and how each is built."""
+
+    count: int = Field(1, ge=1, description="engines, one Ray actor each")
+    max_sequences: int = Field(64, ge=1, description="sequences that one engine decodes together")
+    tensor_parallel: int = Field(1, ge=1, description="devices per engine")
+    kv_cache_gib: float = Field(1.0, gt=0, description="cache for keys and values on CPU, in GiB")
+    gpu_memory_fraction: float = Field(0.85, gt=0, le=1, description="share of a GPU that an engine takes")
+    threads: int | None = Field(None, ge=1, description="CPU threads per engine; null shares the cores out")
+
+
+class BufferSection(Section):
+    """Where trajectories wait."""
+
+    redis: str | None = Field(None, description="redis:// or rediss:// URL; null starts an embedded server")
+    max_bytes: int = Field(1 << 30, ge=1 << 16, description="payload bytes above which admission pauses")
+
+
+class WeightsSection(Section):
+    """How a new policy version reaches the generators."""
+
+    backend: Literal["auto", "shared_memory", "nccl"] = Field("auto", description="auto: nccl on cuda")
+    max_canary_gap: float = Field(0.1, gt=0, description="largest mean |difference| on the canary after an update, nats")
+
+
+class EvaluationSection(Section):
+    """Held-out accuracy, greedy by default."""
+
+    every_steps: int = Field(10, ge=1, description="steps between evaluations; also before and after the run")
+    prompts_per_level: int = Field(32, ge=1, description="held-out prompts of each source and level")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+
+
+class CheckpointSection(Section):
+    """What survives."""
+
+    every_steps: int = Field(10, ge=1, description="steps between checkpoints; also at the end")
+    keep: int = Field(2, ge=1, description="complete checkpoints that stay on disk")
+
+
+class MonitoringSection(Section):
+    """Deadlines of every wait, in seconds, and what is kept to look at."""
+
+    start_deadline_s: float = Field(600.0, gt=0, description="engines and ranks coming up")
+    group_deadline_s: float = Field(600.0, gt=0, description="one group: sample, judge, publish")
+    batch_deadline_s: float = Field(900.0, gt=0, description="a full batch being in the buffer")
+    step_deadline_s: float = Field(900.0, gt=0, description="one optimizer step, or one checkpoint")
+    update_deadline_s: float = Field(300.0, gt=0, description="one weight update on all generators")
+    rollouts_per_step: int = Field(8, ge=0, description="groups written to rollouts/ for people, per step")
+
+
+class RunConfig(Section):
+    """The whole configuration of a run. Only the composition root takes it as one."""
+
+    run: RunSection
+    model: ModelSection
+    sources: dict[str, Source] = Field(..., min_length=1)
+    rewards: RewardsSection
+    curriculum: CurriculumSection = CurriculumSection()
+    rollout: RolloutSection = RolloutSection()
+    staleness: StalenessSection = StalenessSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    learner: LearnerSection = LearnerSection()
+    generators: GeneratorsSection = GeneratorsSection()
+    buffer: BufferSection = BufferSection()
+    weights: WeightsSection = WeightsSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    monitoring: MonitoringSection = MonitoringSection()
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where models compute; derived without importing torch."""
+        if self.model.device == "auto":
+            return "cuda" if shutil.which("nvidia-smi") else "cpu"
+        return self.model.device
+
+    @property
+    def weight_backend(self) -> Literal["shared_memory", "nccl"]:
+        """The weight-transfer backend in use."""
+        if self.weights.backend == "auto":
+            return "nccl" if self.device == "cuda" else "shared_memory"
+        return self.weights.backend
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The longest prompt that leaves room for a full completion."""
+        return self.model.max_context_tokens - self.rollout.max_tokens
+
+    @property
+    def trajectories_per_step(self) -> int:
+        """Completions in one optimizer step."""
+        return self.learner.groups_per_step * self.rollout.group_size
+
+    @property
+    def max_groups_ahead(self) -> int:
+        """Groups that may be in flight and buffered together at one version."""
+        return (self.staleness.max_lag + 1) * self.learner.groups_per_step
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        if self.rollout.group_size < 2:
+            raise ValueError(
+                f"rollout.group_size is {self.rollout.group_size}, but {self.algorithm.name} compares the answers of a "
+                "group with each other; set rollout.group_size to 2 or more (8 is usual)"
+            )
+        if self.max_prompt_tokens < 1:
+            raise ValueError(
+                f"rollout.max_tokens {self.rollout.max_tokens} leaves no room for a prompt in model.max_context_tokens "
+                f"{self.model.max_context_tokens}; lower the one or raise the other"
+            )
+        longest_row = self.model.max_context_tokens + (self.rollout.group_size - 1) * self.rollout.max_tokens
+        if self.learner.micro_batch_tokens < longest_row:
+            raise ValueError(
+                f"learner.micro_batch_tokens {self.learner.micro_batch_tokens} cannot hold the longest group of "
+                f"{longest_row} tokens (one prompt and {self.rollout.group_size} answers); raise it to {longest_row}"
+            )
+        if self.learner.groups_per_step < self.learner.ranks:
+            raise ValueError(
+                f"learner.groups_per_step {self.learner.groups_per_step} is below learner.ranks {self.learner.ranks}: "
+                "a rank would have nothing to do; raise groups_per_step or lower ranks"
+            )
+        if self.device == "cpu" and self.weight_backend == "nccl":
+            raise ValueError("weights.backend nccl needs NVIDIA GPUs, but model.device is cpu; set it to auto")
+        self._rewards_name_sources()
+        return self
+
+    def _rewards_name_sources(self) -> None:
+        judged: set[str] = set()
+        for name, function in self.rewards.functions.items():
+            for source in function.sources or ():
+                if source not in self.sources:
+                    raise ValueError(
+                        f"rewards.functions.{name}.sources names {source!r}, which is no source; "
+                        f"sources are {', '.join(self.sources)}"
+                    )
+            judged |= set(function.sources or self.sources)
+        unjudged = set(self.sources) - judged
+        if unjudged:
+            raise ValueError(f"no reward judges source {', '.join(sorted(unjudged))}; name it in a reward's sources")

@@ -1,0 +1,192 @@
+"""This file defines what flows through the system: Prompt, Completion, Trajectory, Group, and what is told about them.
+
+Every type is frozen and holds facts only. Advantages, lags and ratios are derived where they are used, so that an
+estimator can change without new rollouts. `rl/codec.py` puts these types on the wire.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort"]
+DropReason = Literal["stale", "zero_advantage", "reward_failure", "aborted", "surplus", "oversize"]
+DROP_REASONS: tuple[DropReason, ...] = (
+    "stale",
+    "zero_advantage",
+    "reward_failure",
+    "aborted",
+    "surplus",
+    "oversize",
+)
+
+
+class TextPart(msgspec.Struct, frozen=True, tag="text"):
+    """One piece of text inside a message; the tag leaves room for other kinds of content, such as images."""
+
+    text: str
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of a conversation."""
+
+    role: str
+    parts: tuple[TextPart, ...]
+
+    @property
+    def text(self) -> str:
+        """The message as plain text: its text parts joined."""
+        return "".join(part.text for part in self.parts)
+
+
+class Prompt(msgspec.Struct, frozen=True, kw_only=True):
+    """One task instance, rendered and tokenized.
+
+    prompt_id is unique and reproducible: the same source, level and index give the same prompt in any run.
+    columns are handed to reward functions as keyword arguments and must survive msgpack.
+    token_ids is the chat template's rendering with the generation prompt, [P].
+    """
+
+    prompt_id: str
+    source: str
+    level: str
+    messages: tuple[Message, ...]
+    reference: str | None
+    columns: dict[str, Any]
+    token_ids: tuple[int, ...]
+
+
+class VersionSpan(msgspec.Struct, frozen=True):
+    """Tokens start..end (end exclusive) of a completion were sampled under policy `version`, says the engine."""
+
+    version: int
+    start: int
+    end: int
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine returned for one prompt, once.
+
+    token_ids [T], logprobs [T] (nats, under the sampling distribution), spans cover exactly 0..T.
+
+    Raises ValueError where the three disagree: a fill value is never written.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    spans: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"a completion has {len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities")
+        edges = [span.start for span in self.spans] + [len(self.token_ids)]
+        ends = [0] + [span.end for span in self.spans]
+        if edges != ends:
+            raise ValueError(f"version spans {self.spans} do not cover the completion's {len(self.token_ids)} tokens")
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest policy version among the sampled tokens."""
+        return min(span.version for span in self.spans)
+
+
+class RewardPart(msgspec.Struct, frozen=True, kw_only=True):
+    """What one reward said of one completion: a value, or the kind and message of its failure, never both."""
+
+    name: str
+    value: float | None
+    failure: str | None = None
+    message: str = ""
+    reward_version: str = ""
+    seconds: float = 0.0
+
+
+class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
+    """A completion and its judgement. reward is None where a reward failed: a failure is never a number."""
+
+    completion: Completion
+    reward: float | None
+    parts: tuple[RewardPart, ...]
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True):
+    """The trajectories of one draw of one prompt: the unit of publication, lease and drop.
+
+    draw counts the prompts drawn in this run from 0; group_id derives from run, draw and prompt, so that publishing
+    the same draw twice is recognised. finished_at is in seconds since the epoch.
+    """
+
+    group_id: str
+    draw: int
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+    finished_at: float
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest policy version among all sampled tokens of the group; its lag is counted from here."""
+        return min(trajectory.completion.oldest_version for trajectory in self.trajectories)
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens of the group, prompts not counted."""
+        return sum(len(trajectory.completion.token_ids) for trajectory in self.trajectories)
+
+    @property
+    def rewards(self) -> tuple[float | None, ...]:
+        """The stored rewards, [G]; None where judging failed."""
+        return tuple(trajectory.reward for trajectory in self.trajectories)
+
+
+class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What the buffer's stream says of a group without its payload: enough to plan a batch and to bound its lag.
+
+    completion_tokens [G] are the lengths; num_scored counts the trajectories with a reward.
+    """
+
+    group_id: str
+    draw: int
+    prompt_id: str
+    source: str
+    level: str
+    oldest_version: int
+    prompt_tokens: int
+    completion_tokens: tuple[int, ...]
+    scored: tuple[bool, ...]
+    payload_bytes: int
+    finished_at: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens of the group."""
+        return sum(self.completion_tokens)
+
+
+class GroupReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a generator tells the driver of a finished group: published (dropped is None) or dropped for a reason.
+
+    The driver never sees token payloads. seconds maps an activity (sample, judge, publish) to its wall time.
+    """
+
+    group_id: str
+    draw: int
+    prompt_id: str
+    source: str
+    level: str
+    dropped: DropReason | None
+    rewards: tuple[float | None, ...]
+    parts: tuple[tuple[RewardPart, ...], ...]
+    completion_tokens: tuple[int, ...]
+    truncated: int
+    oldest_version: int
+    newest_version: int
+    seconds: dict[str, float]
+    generator: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens of the group."""
+        return sum(self.completion_tokens)
