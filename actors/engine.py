@@ -1,0 +1,98 @@
+"""This file says what a generator asks of an inference engine, and in which words the engine answers.
+
+`vllm_engine.py` keeps this contract with vLLM; `tests/fakes_engine.py` keeps it with a script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+from rl.trajectory import Completion
+from rl.weights import NcclGroup, TensorDigest, WeightUpdate
+
+
+class EngineDied(RuntimeError):
+    """A process of an engine ended without being asked to; the engine answers nothing any more."""
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How one engine is built. name is what errors call it; threads None leaves the choice to vLLM (CPU only)."""
+
+    name: str
+    model_dir: str
+    device: Literal["cpu", "cuda"]
+    weight_backend: Literal["shared_memory", "nccl"]
+    max_context_tokens: int
+    max_sequences: int = 64
+    tensor_parallel: int = 1
+    kv_cache_gib: float = 1.0
+    gpu_memory_fraction: float = 0.85
+    threads: int | None = None
+    seed: int = 0
+
+
+class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt to be answered `count` times. seed decides all samples; temperature 0 is greedy and needs count 1."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    count: int
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+class LoadReceipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine received with an update; it stamps `version` on every token sampled from then on.
+
+    seconds maps a phase (pause, load, resume) to its wall time.
+    """
+
+    version: int
+    tensors: tuple[TensorDigest, ...]
+    missing: tuple[str, ...]
+    seconds: dict[str, float]
+
+
+class Engine(Protocol):
+    """An inference engine. Every pending call raises EngineDied within seconds of the engine's death."""
+
+    @property
+    def version(self) -> int:
+        """The policy version that new tokens are stamped with."""
+        ...
+
+    async def sample(self, request: SampleRequest) -> tuple[Completion, ...]:
+        """Answer one prompt, among whatever else is running. ValueError if prompt and answer exceed the context."""
+        ...
+
+    async def sample_round(self, requests: Sequence[SampleRequest]) -> list[tuple[Completion, ...]]:
+        """Answer the prompts together: the same requests give the same bits, if nothing else is sampled meanwhile."""
+        ...
+
+    async def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        """Log-probabilities [L-1], nats at temperature 1, of token_ids [L] after the first."""
+        ...
+
+    async def join(self, group: NcclGroup, index: int) -> None:
+        """Meet the sender of the nccl backend, as engine `index`; returns when the whole group has met."""
+        ...
+
+    async def load(self, update: WeightUpdate) -> LoadReceipt:
+        """Replace all weights under the running sequences.
+
+        Raises WeightUpdateError, naming the parameters, where not all weights arrived as they were sent; the version
+        does not move then, and the next complete update makes the engine whole again.
+        """
+        ...
+
+    async def check_alive(self) -> None:
+        """Raise EngineDied if the engine can answer no more."""
+        ...
+
+    async def stop(self) -> None:
+        """End the engine and all its processes; returns when they are gone."""
+        ...

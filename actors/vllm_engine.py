@@ -1,0 +1,319 @@
+"""This file puts vLLM behind the Engine contract: grouped sampling, in-flight weight updates, and death made audible.
+
+A new version arrives between two steps of the engine: pause, keep the running sequences and their cached keys and
+values, replace the weights, stamp the new version, resume. Nothing is admitted meanwhile, and a request carries the
+version as its cache salt, so that it never starts on a prefix that older weights computed for another prompt's sake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import msgspec
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.inputs.engine import tokens_input
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import RequestOutputCollector
+
+from actors.engine import EngineDied, EngineSettings, LoadReceipt, SampleRequest
+from actors.watched_process import WatchedProcess
+from actors.weight_receiver import BACKENDS
+from rl.trajectory import Completion, VersionSpan
+from rl.weights import NcclGroup, TensorDigest, WeightUpdate, WeightUpdateError, verify_tensors
+
+T = TypeVar("T")
+STOP_SECONDS = 20.0
+
+
+class VllmEngine:
+    """One vLLM engine in processes of its own. Make it with `await VllmEngine.start(settings)`."""
+
+    def __init__(self, settings: EngineSettings, llm: AsyncLLM) -> None:
+        self.settings = settings
+        self.version = 0
+        self._llm = llm
+        self._turn = asyncio.Lock()  # admission, pause and update exclude each other
+        self._rounds = asyncio.Lock()
+        self._torn = False
+        self._processes: tuple[WatchedProcess, ...] = ()
+        self._deaths: list[asyncio.Task] = []
+        self._scored = 0
+
+    @classmethod
+    async def start(cls, settings: EngineSettings) -> VllmEngine:
+        """Start the engine's processes and load model_dir as version 0; takes half a minute on a CPU."""
+        with _environment(_variables(settings)):
+            llm = await asyncio.to_thread(AsyncLLM.from_engine_args, _engine_args(settings))
+        engine = cls(settings, llm)
+        pids = {pid for pair in await llm.collective_rpc("slipstream_processes") for pid in pair} - {os.getpid()}
+        engine._processes = tuple(WatchedProcess(pid) for pid in sorted(pids))
+        engine._deaths = [asyncio.create_task(process.ended.wait()) for process in engine._processes]
+        if settings.weight_backend == "shared_memory":
+            await engine._alive(llm.init_weight_transfer_engine(WeightTransferInitRequest()))
+        await engine._alive(llm.update_weight_version("0"))
+        return engine
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of vLLM's engine core and workers."""
+        return tuple(process.pid for process in self._processes)
+
+    async def sample(self, request: SampleRequest) -> tuple[Completion, ...]:
+        async with self._turn:
+            queue = await self._alive(self._add(request, salt=str(self.version)))
+        return await self._finish(queue)
+
+    async def sample_round(self, requests: Sequence[SampleRequest]) -> list[tuple[Completion, ...]]:
+        """All requests wait in the paused engine before the first is scheduled, so that its batches are always alike.
+
+        The salt keeps cached prefixes of other rounds out: a hit changes the shape of a batch, and with it last bits.
+        """
+        if not requests:
+            return []
+        async with self._rounds:
+            async with self._turn:
+                await self._alive(self._llm.pause_generation(mode="keep", clear_cache=False))
+                salt = f"{self.version} {requests[0].request_id}"
+                try:
+                    queues = [await self._alive(self._add(request, salt)) for request in requests]
+                finally:
+                    await self._alive(self._llm.resume_generation())
+            return list(await asyncio.gather(*(self._finish(queue) for queue in queues)))
+
+    async def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        self._scored += 1
+        parameters = SamplingParams(
+            temperature=1.0, max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False
+        )
+        async with self._turn:
+            self._refuse_torn()
+            prompt = tokens_input(list(token_ids), cache_salt=str(self.version))
+            queue = await self._alive(self._llm.add_request(f"score-{self._scored}", prompt, parameters))
+        output = await self._alive(self._collect(queue))
+        assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(token_ids)
+        return tuple(
+            entry[token].logprob for token, entry in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        )
+
+    async def join(self, group: NcclGroup, index: int) -> None:
+        info = {
+            "master_address": group.address,
+            "master_port": group.port,
+            "rank_offset": group.rank_offset(index),
+            "world_size": group.world_size,
+            "packed": True,
+        }
+        await self._alive(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)))
+
+    async def load(self, update: WeightUpdate) -> LoadReceipt:
+        seconds: dict[str, float] = {}
+        async with self._turn:
+            with _timed(seconds, "pause"):
+                await self._alive(self._llm.pause_generation(mode="keep", clear_cache=False))
+            with _timed(seconds, "load"):
+                received = await self._replace_weights(update)
+            with _timed(seconds, "resume"):
+                await self._alive(self._llm.resume_generation())
+        return LoadReceipt(version=update.version, tensors=received, missing=(), seconds=seconds)
+
+    async def check_alive(self) -> None:
+        await self._alive(self._llm.check_health())
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._llm.shutdown)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS):
+                await asyncio.gather(*(process.ended.wait() for process in self._processes))
+        for process in self._processes:
+            process.kill()
+        await asyncio.gather(*self._deaths)
+
+    async def _replace_weights(self, update: WeightUpdate) -> tuple[TensorDigest, ...]:
+        """Load an update into the paused engine. On failure, resume only if the old weights are still whole."""
+        request = WeightTransferUpdateRequest(update_info=_update_info(update))
+        try:
+            await self._alive(self._llm.start_weight_update())
+            await self._alive(self._llm.update_weights(request))
+            await self._alive(self._llm.finish_weight_update())
+            received, _ = await self._received()
+            verify_tensors(update.tensors, received)
+        except EngineDied:
+            raise
+        except Exception as error:  # vLLM reports a worker's exception as a bare Exception with its text
+            _, self._torn = await self._received()
+            if not self._torn:
+                await self._alive(self._llm.resume_generation())
+            raise WeightUpdateError(
+                f"engine {self.settings.name} did not take version {update.version} and stays at {self.version}"
+                f"{', paused between the two' if self._torn else ''}: {_reason(error)}"
+            ) from error
+        await self._alive(self._llm.update_weight_version(str(update.version)))
+        self.version = update.version
+        self._torn = False
+        return received
+
+    async def _received(self) -> tuple[tuple[TensorDigest, ...], bool]:
+        """What the workers received last, and whether one of them holds parts of two versions."""
+        books = await self._alive(self._llm.collective_rpc("slipstream_received"))
+        if any(book["tensors"] != books[0]["tensors"] for book in books):
+            raise WeightUpdateError(f"the {len(books)} workers received different tensors")
+        return msgspec.convert(books[0]["tensors"], tuple[TensorDigest, ...]), any(book["torn"] for book in books)
+
+    async def _add(self, request: SampleRequest, salt: str) -> RequestOutputCollector:
+        """Hand a request to the engine; returns when it is on its way, with the queue its output will come from."""
+        self._refuse_torn()
+        needed = len(request.token_ids) + request.max_tokens
+        if needed > self.settings.max_context_tokens:
+            raise ValueError(
+                f"prompt {request.request_id} has {len(request.token_ids)} tokens and asks for {request.max_tokens} "
+                f"more, but the context holds {self.settings.max_context_tokens}; raise model.max_context_tokens to "
+                f"{needed}, lower rollout.max_tokens, or leave this prompt out"
+            )
+        parameters = SamplingParams(
+            n=request.count,
+            temperature=request.temperature,
+            max_tokens=request.max_tokens,
+            seed=_spread(request.seed),  # sample i uses this seed + i
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = tokens_input(list(request.token_ids), cache_salt=salt)
+        return await self._llm.add_request(request.request_id, prompt, parameters)
+
+    async def _finish(self, queue: RequestOutputCollector) -> tuple[Completion, ...]:
+        output = await self._alive(self._collect(queue))
+        return tuple(_completion(each) for each in sorted(output.outputs, key=lambda each: each.index))
+
+    async def _collect(self, queue: RequestOutputCollector) -> RequestOutput:
+        """The final output; an abandoned request is aborted, so that it frees its place."""
+        try:
+            while not (output := await queue.get()).finished:
+                pass
+            return output
+        except asyncio.CancelledError:
+            if not self._llm.errored:
+                await self._llm.abort(queue.request_id, internal=True)
+            raise
+        finally:
+            queue.close()
+
+    def _refuse_torn(self) -> None:
+        if self._torn:
+            raise WeightUpdateError(f"engine {self.settings.name} holds parts of two versions since an update failed")
+
+    async def _alive(self, call: Awaitable[T]) -> T:
+        """Await an answer of the engine, or its death: vLLM itself leaves some calls pending for ever then."""
+        task = asyncio.ensure_future(call)
+        try:
+            await asyncio.wait({task, *self._deaths}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        except EngineDeadError as error:
+            raise self._died() from error
+        finally:
+            task.cancel()
+        raise self._died()
+
+    def _died(self) -> EngineDied:
+        gone = [str(process.pid) for process in self._processes if process.ended.is_set()]
+        return EngineDied(
+            f"engine {self.settings.name} died: of its processes {', '.join(map(str, self.pids))} "
+            f"{', '.join(gone) or 'none'} ended before stop() was called; its log says why"
+        )
+
+
+def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
+    on_cpu = settings.device == "cpu"
+    return AsyncEngineArgs(
+        model=settings.model_dir,
+        dtype="bfloat16",
+        max_model_len=settings.max_context_tokens,
+        max_num_seqs=settings.max_sequences,
+        tensor_parallel_size=settings.tensor_parallel,
+        gpu_memory_utilization=settings.gpu_memory_fraction,
+        enforce_eager=on_cpu,  # compiling costs minutes on a CPU; on CUDA the graphs are worth it
+        seed=settings.seed,
+        logprobs_mode="processed_logprobs",
+        enable_prefix_caching=True,
+        worker_extension_cls="actors.weight_receiver.WorkerExtension",
+        weight_transfer_config=WeightTransferConfig(backend=BACKENDS[settings.weight_backend]),
+        disable_log_stats=True,
+    )
+
+
+def _variables(settings: EngineSettings) -> dict[str, str]:
+    """What vLLM takes from its environment only. nobind: pinned threads would sit on the core the learner uses."""
+    variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    if settings.device == "cpu":
+        variables |= {"VLLM_CPU_KVCACHE_SPACE": f"{settings.kv_cache_gib:g}", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        if settings.threads is not None:
+            variables["OMP_NUM_THREADS"] = str(settings.threads)
+    return variables
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the processes started inside, and put back what was there."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - start
+
+
+def _spread(seed: int) -> int:
+    """A 62-bit seed, so that neighbouring request seeds do not share samples: those add their index to it."""
+    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest()) >> 2
+
+
+def _update_info(update: WeightUpdate) -> dict:
+    tensors = msgspec.to_builtins(update.tensors)
+    if update.path is not None:
+        return {"path": update.path, "tensors": tensors}
+    return {
+        "names": [tensor.name for tensor in update.tensors],
+        "dtype_names": [tensor.dtype for tensor in update.tensors],
+        "shapes": [list(tensor.shape) for tensor in update.tensors],
+        "tensors": tensors,
+    }
+
+
+def _completion(output: CompletionOutput) -> Completion:
+    """vLLM's output in our words. Completion itself refuses lengths and spans that disagree."""
+    token_ids = tuple(output.token_ids)
+    entries = output.logprobs or []
+    return Completion(
+        text=output.text,
+        token_ids=token_ids,
+        logprobs=tuple(entry[token].logprob for token, entry in zip(token_ids, entries, strict=True)),
+        spans=tuple(VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions or ()),
+        finish_reason=output.finish_reason,
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The sentence at the heart of a worker's exception, which vLLM wraps in its own."""
+    return str(error).strip().splitlines()[-1]

@@ -1,0 +1,208 @@
+"""This file is what Slipstream adds to vLLM's worker process: weight-transfer engines that verify what they receive.
+
+Two backends in vLLM's own registry. `slipstream_shared_memory` reads a safetensors file; `slipstream_nccl` is vLLM's
+NCCL engine with books kept. Both digest the very bytes they hand to `load_weights`, compare them with what the sender
+said, and check that every parameter of the model was filled. An update that fails leaves the engine either as it was
+or, if loading had begun, `torn`: then it must not sample until a complete update has arrived.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import safe_open
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from rl.weights import TensorDigest, digest_of, verify_tensors
+
+BACKENDS = {"shared_memory": "slipstream_shared_memory", "nccl": "slipstream_nccl"}
+
+
+def digest_tensor(name: str, tensor: torch.Tensor) -> TensorDigest:
+    """The digest of a CPU tensor's bytes, in row-major order."""
+    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return TensorDigest(
+        name=name,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        digest=digest_of(raw.data),
+    )
+
+
+def digest_all(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[TensorDigest]:
+    """Digest many tensors on all cores: hashing releases the interpreter lock.
+
+    Copies from a device are made in this thread: its current stream is the one that the tensors were received on.
+    """
+    on_cpu = ((name, tensor.detach().cpu()) for name, tensor in tensors)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda named: digest_tensor(*named), on_cpu))
+
+
+def unfilled_parameters(model: torch.nn.Module, loaded: set[str]) -> list[str]:
+    """Engine parameters that an update left without new values; to be asked before the reload is finalized.
+
+    `loaded` is what load_weights reported. It speaks of whole parameters, while a fused one (qkv_proj) comes from
+    several tensors of a checkpoint: the layer's element count shows one that is absent. An embedding is a single
+    tensor and padded by vLLM, so its count may fall short.
+    """
+    missing = [name for name, _ in model.named_parameters() if name not in loaded]
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        total = info.load_numel_total or 0
+        if 0 < info.load_numel < total and not hasattr(layer, "num_embeddings_padded"):
+            missing.append(f"{name} ({info.load_numel} of {total} elements)")
+    return missing
+
+
+@dataclass
+class Books:
+    """What happened in the latest update: digests of what came, names that load_weights took, and the state left."""
+
+    received: list[TensorDigest] = field(default_factory=list)
+    loaded: set[str] = field(default_factory=set)
+    torn: bool = False
+
+    def load(self, model: torch.nn.Module, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        """Hand tensors to the model; from here until `close` it holds parts of two versions."""
+        self.torn = True
+        self.loaded |= model.load_weights(tensors)
+
+    def close(self, model: torch.nn.Module, sent: list[TensorDigest]) -> None:
+        """Raise WeightUpdateError unless all that was sent came, and filled the model."""
+        verify_tensors(sent, self.received, unfilled_parameters(model, self.loaded))
+        self.torn = False
+
+
+@dataclass
+class SharedMemoryInit(WeightTransferInitInfo):
+    """Nothing to agree on."""
+
+
+@dataclass
+class SharedMemoryUpdate(WeightTransferUpdateInfo):
+    """A safetensors file of this node, and what the sender says is in it (TensorDigest as plain values)."""
+
+    path: str
+    tensors: list[dict[str, Any]]
+
+
+class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
+    """Loads a file in shared memory, after its content has been found to be what was sent."""
+
+    init_info_cls = SharedMemoryInit
+    update_info_cls = SharedMemoryUpdate
+
+    def __init__(self, *vllm_parts: Any) -> None:
+        super().__init__(*vllm_parts)
+        self.books = Books()
+
+    def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
+        """Nothing to set up: each update names its file."""
+
+    def start_weight_update(self) -> None:
+        """Nothing yet: the model stays as it is until the file has been verified."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive; unlike the base class, synchronize an accelerator only where there is one."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
+        """Verify the file, then load it. A file that is not what was sent leaves the model untouched."""
+        sent = msgspec.convert(update_info.tensors, list[TensorDigest])
+        with safe_open(update_info.path, "pt") as file:
+            tensors = [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118  not a mapping
+        self.books = Books(received=digest_all(tensors), torn=self.books.torn)
+        verify_tensors(sent, self.books.received)
+        initialize_layerwise_reload(self.model)
+        try:
+            self.books.load(self.model, tensors)
+            self.books.close(self.model, sent)
+        except BaseException:
+            self.finish_weight_update()  # else the next update would count on top of this one's half-filled layers
+            raise
+
+    def finish_weight_update(self) -> None:
+        """Put the processed weights where the kernels look for them."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Nothing is held between updates."""
+
+
+@dataclass
+class VerifiedNcclUpdate(NCCLWeightTransferUpdateInfo):
+    """vLLM's list of what will be broadcast, in order, and the sender's digests of it."""
+
+    tensors: list[dict[str, Any]]
+
+
+class _Inbox:
+    """Stands where vLLM's NCCL engine expects the model, so that what it received is digested on the way."""
+
+    def __init__(self, model: torch.nn.Module, books: Books) -> None:
+        self.model = model
+        self.books = books
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        tensors = list(weights)
+        self.books.received += digest_all(tensors)
+        self.books.load(self.model, tensors)
+
+
+class VerifiedNcclEngine(NCCLWeightTransferEngine):
+    """vLLM's NCCL engine. The broadcast is consumed as it comes, so a failure always leaves the model torn."""
+
+    update_info_cls = VerifiedNcclUpdate
+
+    def __init__(self, *vllm_parts: Any) -> None:
+        super().__init__(*vllm_parts)
+        self.books = Books()
+
+    def receive_weights(self, update_info: VerifiedNcclUpdate) -> None:
+        """Take part in the broadcast, then verify."""
+        model = self.model
+        self.books = Books(torn=True)
+        self.model = _Inbox(model, self.books)
+        try:
+            super().receive_weights(update_info)
+            self.books.close(model, msgspec.convert(update_info.tensors, list[TensorDigest]))
+        except BaseException:
+            finalize_layerwise_reload(model, self.model_config)
+            raise
+        finally:
+            self.model = model
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker (worker_extension_cls); its methods answer collective_rpc."""
+
+    def slipstream_processes(self) -> tuple[int, int]:
+        """Process ids of this worker and of its parent, which is vLLM's engine core unless the two are one."""
+        return os.getpid(), os.getppid()
+
+    def slipstream_received(self) -> dict[str, Any]:
+        """The books of the latest update, as plain values."""
+        books = self.weight_transfer_engine.books
+        return {"tensors": msgspec.to_builtins(books.received), "torn": books.torn}
+
+
+# The one import-time effect: vLLM imports this module in the worker, for the extension, before it looks up the backend.
+WeightTransferEngineFactory.register_engine(BACKENDS["shared_memory"], SharedMemoryEngine)
+WeightTransferEngineFactory.register_engine(BACKENDS["nccl"], VerifiedNcclEngine)

@@ -1,0 +1,183 @@
+"""This file lays a batch out: which rank trains which groups together, and how a group becomes one packed row.
+
+A group's prompt is computed once: its row is the prompt followed by every scored answer, and a mask lets an answer see
+the prompt and itself only, at the positions it was sampled at. This is exact, and two to three times less work.
+
+Shapes: B rows (groups) of a micro-batch, L tokens of its longest row, N answer tokens, G answers of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learners.advantages import Estimator
+from learners.algorithms import BatchSize
+from rl.trajectory import Group, GroupEntry
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Who trains what. micro_batches[rank][i] holds indices into the batch's entries, [] where a rank just takes part.
+
+    Every rank has the same number of micro-batches, because a forward pass is a collective under FSDP.
+    rank_tokens are the answer tokens of each rank. size is what the loss is normalised by.
+    """
+
+    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
+    rank_tokens: tuple[int, ...]
+    size: BatchSize
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The tensors of one forward pass. source_N are indices into [B * L]: where each target's logits come from.
+
+    behaviour_N (nats) and advantages_N are fp64. lags_N counts policy versions. num_padded is B * L.
+    """
+
+    ids_BL: Tensor
+    positions_BL: Tensor
+    mask_B1LL: Tensor
+    source_N: Tensor
+    targets_N: Tensor
+    behaviour_N: Tensor
+    advantages_N: Tensor
+    lags_N: Tensor
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device."""
+        return MicroBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+
+def plan_batch(
+    entries: Sequence[GroupEntry], world_size: int, micro_batch_tokens: int, max_tokens: int
+) -> BatchPlan:
+    """Spread groups over ranks and micro-batches; the same everywhere, because it looks at nothing but its arguments.
+
+    Longest first to the least loaded rank; within a rank, rows of similar length share a micro-batch of at most
+    micro_batch_tokens padded tokens.
+
+    Raises:
+        ValueError: no trajectory has a reward, or a row is longer than micro_batch_tokens.
+    """
+    lengths = [entry.prompt_tokens + _scored_tokens(entry) for entry in entries]
+    rows = sorted((i for i, entry in enumerate(entries) if _scored_tokens(entry)), key=lambda i: (-lengths[i], i))
+    if not rows:
+        raise ValueError(f"none of the {len(entries)} groups of this batch has a scored trajectory; nothing to train on")
+    if lengths[rows[0]] > micro_batch_tokens:
+        raise ValueError(
+            f"group {entries[rows[0]].group_id} needs a row of {lengths[rows[0]]} tokens, but "
+            f"learner.micro_batch_tokens is {micro_batch_tokens}; raise it to {lengths[rows[0]]} or more"
+        )
+    of_rank: list[list[int]] = [[] for _ in range(world_size)]
+    for row in rows:
+        min(of_rank, key=lambda mine: sum(lengths[i] for i in mine)).append(row)
+    split = [_split_rows(mine, lengths, micro_batch_tokens) for mine in of_rank]
+    count = max(len(micro_batches) for micro_batches in split)
+    return BatchPlan(
+        micro_batches=tuple(tuple(mine) + ((),) * (count - len(mine)) for mine in split),
+        rank_tokens=tuple(sum(_scored_tokens(entries[i]) for i in mine) for mine in of_rank),
+        size=BatchSize(
+            num_tokens=sum(map(_scored_tokens, entries)),
+            num_trajectories=sum(sum(entry.scored) for entry in entries),
+            max_tokens=max_tokens,
+        ),
+    )
+
+
+def pack(groups: Sequence[Group], advantage: Estimator, version: int) -> MicroBatch:
+    """Groups to tensors, one row each. version is the learner's, from which a token's lag counts.
+
+    Without groups it gives one row of one token and no answers: a rank takes part in the collectives of a micro-batch
+    that only others have work for.
+    """
+    rows = [_pack_row(group, advantage, version) for group in groups] or [_Row([0], [0], [0])]
+    length = max(len(row.ids) for row in rows)
+    ids_BL = torch.tensor([row.ids + [0] * (length - len(row.ids)) for row in rows])
+    positions_BL = torch.tensor([row.positions + [0] * (length - len(row.ids)) for row in rows])
+    segment_BL = torch.tensor([row.segment + [PADDING] * (length - len(row.ids)) for row in rows])
+    same_BLL = segment_BL[:, :, None] == segment_BL[:, None, :]  # padding sees padding: no row of the mask is empty
+    prompt_B1L = (segment_BL == 0)[:, None, :]
+    causal_LL = torch.ones(length, length, dtype=torch.bool).tril()
+
+    def joined(field: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([value for row in rows for value in getattr(row, field)], dtype=dtype)
+
+    return MicroBatch(
+        ids_BL=ids_BL,
+        positions_BL=positions_BL,
+        mask_B1LL=(causal_LL & (same_BLL | prompt_B1L))[:, None],
+        source_N=torch.tensor([b * length + at for b, row in enumerate(rows) for at in row.source], dtype=torch.long),
+        targets_N=joined("targets", torch.long),
+        behaviour_N=joined("behaviour", torch.float64),
+        advantages_N=joined("advantages", torch.float64),
+        lags_N=joined("lags", torch.float64),
+    )
+
+
+def check_payload(entry: GroupEntry, group: Group) -> None:
+    """Raise ValueError where a payload is not what its entry promised: the plan and the normaliser would be wrong."""
+    lengths = tuple(len(trajectory.completion.token_ids) for trajectory in group.trajectories)
+    scored = tuple(reward is not None for reward in group.rewards)
+    found = (group.group_id, len(group.prompt.token_ids), lengths, scored)
+    promised = (entry.group_id, entry.prompt_tokens, entry.completion_tokens, entry.scored)
+    if found != promised:
+        raise ValueError(
+            f"the payload of group {entry.group_id} is {found}, but its entry in the buffer says {promised} "
+            "(id, prompt tokens, completion tokens, scored); the buffer was written by something else"
+        )
+
+
+class _Row:
+    """One group under construction: per token ids, positions and segment (0 the prompt), per answer token the rest."""
+
+    def __init__(self, ids: list[int], positions: list[int], segment: list[int]) -> None:
+        self.ids = ids
+        self.positions = positions
+        self.segment = segment
+        self.source: list[int] = []
+        self.targets: list[int] = []
+        self.behaviour: list[float] = []
+        self.advantages: list[float] = []
+        self.lags: list[int] = []
+
+
+def _pack_row(group: Group, advantage: Estimator, version: int) -> _Row:
+    prompt = group.prompt.token_ids
+    row = _Row(list(prompt), list(range(len(prompt))), [0] * len(prompt))
+    for index, (trajectory, value) in enumerate(zip(group.trajectories, advantage(group.rewards), strict=True)):
+        if value is None:
+            continue
+        completion, start, count = trajectory.completion, len(row.ids), len(trajectory.completion.token_ids)
+        row.ids += completion.token_ids
+        row.positions += range(len(prompt), len(prompt) + count)
+        row.segment += [index + 1] * count
+        # an answer's first token is predicted at the prompt's last position
+        row.source += [len(prompt) - 1, *range(start, start + count - 1)][:count]
+        row.targets += completion.token_ids
+        row.behaviour += completion.logprobs
+        row.advantages += [value] * count
+        for span in completion.spans:
+            row.lags += [version - span.version] * (span.end - span.start)
+    return row
+
+
+def _split_rows(rows: list[int], lengths: list[int], micro_batch_tokens: int) -> list[tuple[int, ...]]:
+    """Cut rows, longest first, into runs whose padded size fits."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and (len(runs[-1]) + 1) * lengths[runs[-1][0]] <= micro_batch_tokens:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return [tuple(run) for run in runs]
+
+
+def _scored_tokens(entry: GroupEntry) -> int:
+    return sum(count for count, scored in zip(entry.completion_tokens, entry.scored, strict=True) if scored)

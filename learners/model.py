@@ -1,0 +1,98 @@
+"""This file loads the policy: a Hugging Face causal language model, sharded by FSDP2, that scores packed answers.
+
+Shapes: B rows, L tokens of a row, N answer tokens.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from learners.logprobs import head_logprobs
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward pass gives answers' log-probabilities.
+
+    They are computed inside forward, and not by the caller on hidden states, because FSDP2 has the head's weights
+    gathered only between its hooks around this call.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        ids_BL: Tensor,
+        positions_BL: Tensor,
+        mask_B1LL: Tensor,
+        source_N: Tensor,
+        targets_N: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [N] of the targets and entropies [N] (no gradient), in nats; see batcher.MicroBatch."""
+        hidden_BLH = self.model.base_model(
+            ids_BL, position_ids=positions_BL, attention_mask=mask_B1LL, use_cache=False
+        ).last_hidden_state
+        hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, source_N)
+        return head_logprobs(hidden_NH, self.model.get_output_embeddings().weight, targets_N, temperature)
+
+
+def join_ranks(rendezvous: str, rank: int, world_size: int, device: str, deadline_s: float) -> bool:
+    """Enter the process group of the ranks (gloo on CPU, NCCL on CUDA); False if this process is already in one.
+
+    rendezvous is a torch.distributed init method, such as tcp://127.0.0.1:29500 or file:///path. deadline_s bounds
+    every collective from here on.
+    """
+    if dist.is_initialized():
+        return False
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=rendezvous,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=deadline_s),
+    )
+    return True
+
+
+def load_policy(model_dir: str, device: str, master_dtype: torch.dtype, compute_dtype: torch.dtype) -> Policy:
+    """Load and shard over all ranks of the process group: masters in one dtype, computing in another.
+
+    The model stays in eval mode: dropout would make the learner's log-probabilities differ from the engine's. It must
+    have a head without bias, and logits that are nothing but the head's.
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=master_dtype, attn_implementation="sdpa")
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None or getattr(model.config, "final_logit_softcapping", None):
+        raise ValueError(f"{model_dir}: a head with a bias or a logit soft-cap is not supported; choose another model.path")
+    return shard(Policy(model.eval()), device, compute_dtype)
+
+
+def shard(policy: Policy, device: str, compute_dtype: torch.dtype) -> Policy:
+    """Apply FSDP2 to each block and to the whole. Gradients are reduced in the masters' dtype, as a sum over ranks."""
+    master_dtype = next(policy.parameters()).dtype
+    world_size = dist.get_world_size()
+    options = {
+        "mesh": init_device_mesh(device, (world_size,), mesh_dim_names=("ranks",)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=master_dtype),
+    }
+    blocks = set(policy.model._no_split_modules or ())
+    for module in list(policy.modules()):
+        if type(module).__name__ in blocks:
+            fully_shard(module, **options)
+    fully_shard(policy, **options)
+    if world_size > 1:
+        for module in policy.modules():
+            if isinstance(module, FSDPModule):
+                # FSDP averages over ranks, but our normaliser is already global; gloo knows no other reduction than sum
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+    return policy

@@ -1,0 +1,134 @@
+"""This file adds up what happened between two optimizer steps, and checks that nothing vanished.
+
+drawn = trained + leased + buffered + dropped + in flight. Redis counts the first five, where they outlive the driver,
+and the gate the last. A group moves in Redis before the gate hears of it, so what Redis cannot place is at most what
+the gate has running.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from rl.buffer import BufferStats
+from rl.metrics import Metrics, highest, last, lowest, mean, merge, total
+from rl.orders import StepReport
+from rl.trajectory import GroupReport, RewardPart
+
+JUDGEMENTS_WATCHED = 256
+JUDGEMENTS_BEFORE_A_VERDICT = 32
+
+
+def check_balance(counts: BufferStats, running: int) -> None:
+    """Raise RuntimeError where groups or tokens vanished or appeared, with every count."""
+    placed = (counts.buffered, counts.leased, counts.trained, *counts.dropped.values())
+    unplaced_tokens = counts.sampled_tokens - sum(amount.tokens for amount in placed)
+    if not 0 <= counts.in_flight <= running or unplaced_tokens:
+        raise RuntimeError(
+            f"groups do not balance: {counts.in_flight} of those drawn are nowhere while {running} are in flight, and "
+            f"{unplaced_tokens} sampled tokens are nowhere; {counts}. This is a defect of Slipstream: please report it "
+            "with the run's events.jsonl"
+        )
+
+
+class RewardWatch:
+    """Looks at the last judgements of every reward and stops a run whose reward fails too often."""
+
+    def __init__(self, max_failure_fraction: float) -> None:
+        self._max_failure_fraction = max_failure_fraction
+        self._recent: dict[str, deque[RewardPart]] = defaultdict(lambda: deque(maxlen=JUDGEMENTS_WATCHED))
+
+    def observe(self, report: GroupReport) -> None:
+        """Count a group's judgements.
+
+        Raises:
+            ValueError: above the configured fraction of a reward's recent judgements failed; names it and why.
+        """
+        for parts in report.parts:
+            for part in parts:
+                self._recent[part.name].append(part)
+        for name, recent in self._recent.items():
+            failures = [part for part in recent if part.failure]
+            if len(recent) < JUDGEMENTS_BEFORE_A_VERDICT:
+                continue
+            if len(failures) > self._max_failure_fraction * len(recent):
+                raise ValueError(
+                    f"reward {name} failed on {len(failures)} of the last {len(recent)} answers, above "
+                    f"rewards.max_failure_fraction {self._max_failure_fraction}; the last failure was "
+                    f"{failures[-1].failure}: {failures[-1].message}"
+                )
+
+
+class StepAccount:
+    """Collects group reports until a step ends, then turns them and the counts into the step's metrics."""
+
+    def __init__(self, devices: int) -> None:
+        self._devices = devices
+        self._reports: list[GroupReport] = []
+        self._opened = time.monotonic()
+
+    def add(self, report: GroupReport) -> None:
+        """Count a finished group."""
+        self._reports.append(report)
+
+    def close(self, step: StepReport, counts: BufferStats, sampling: Metrics) -> Metrics:
+        """The metrics of the step that just ended; a new account opens."""
+        wall = time.monotonic() - self._opened
+        reports, self._reports, self._opened = self._reports, [], time.monotonic()
+        sampled = merge(_of_report(report) for report in reports)
+        busy = sum(step.seconds.values())
+        speed: Metrics = {
+            "time/step/s": last(wall),
+            "speed/sampled/tokens_per_s": last(sum(report.num_tokens for report in reports) / wall),
+            "speed/trained/tokens_per_s": last(step.num_tokens / wall),
+            "learner/idle_fraction": last(max(0.0, 1.0 - busy / wall)),
+            "cost/accelerator_s_per_million_trained_tokens": last(self._devices * wall * 1e6 / max(1, step.num_tokens)),
+            **{f"learner/seconds/{activity}": last(seconds) for activity, seconds in step.seconds.items()},
+        }
+        return merge([step.metrics, sampled, speed, sampling, _of_counts(counts)])
+
+
+def _of_report(report: GroupReport) -> Metrics:
+    scores = [reward for reward in report.rewards if reward is not None]
+    place = f"{report.source}/{report.level}"
+    metrics: Metrics = {
+        "sampling/groups": total(1),
+        "sampling/truncated_fraction": mean(report.truncated / len(report.rewards), len(report.rewards)),
+        "sampling/completion_length/tokens": mean(report.num_tokens / len(report.rewards), len(report.rewards)),
+        "sampling/zero_advantage_fraction": mean(report.dropped == "zero_advantage"),
+    }
+    for activity, seconds in report.seconds.items():
+        metrics[f"sampling/{activity}/s_per_group"] = mean(seconds)
+    if scores:
+        average = sum(scores) / len(scores)
+        metrics["reward/mean"] = mean(average, len(scores))
+        metrics[f"reward/mean/{place}"] = mean(average, len(scores))
+        metrics["reward/min"] = lowest(min(scores))
+        metrics["reward/max"] = highest(max(scores))
+    return merge([metrics, *(_of_part(report.source, part) for parts in report.parts for part in parts)])
+
+
+def _of_part(source: str, part: RewardPart) -> Metrics:
+    name = f"{source}/{part.name}"
+    if part.value is None:
+        return {f"reward/failures/{name}/{part.failure}": total(1)}
+    return {f"reward/part/{name}": mean(part.value), f"reward/seconds/{part.name}": mean(part.seconds)}
+
+
+def _of_counts(counts: BufferStats) -> Metrics:
+    trained = counts.trained.tokens + counts.leased.tokens  # leased groups are trained, and wait for their checkpoint
+    metrics: Metrics = {
+        "flow/groups/drawn": last(counts.drawn),
+        "flow/groups/trained": last(counts.trained.groups + counts.leased.groups),
+        "flow/groups/buffered": last(counts.buffered.groups),
+        "flow/groups/in_flight": last(counts.in_flight),
+        "flow/tokens/sampled": last(counts.sampled_tokens),
+        "flow/tokens/trained": last(trained),
+        "flow/tokens/buffered": last(counts.buffered.tokens),
+        "flow/useful_token_fraction": last(trained / max(1, counts.sampled_tokens - counts.buffered.tokens)),
+        "buffer/bytes": last(counts.buffered.bytes + counts.leased.bytes),
+        "buffer/oldest_age/s": last(counts.oldest_age_s),
+    }
+    for reason, amount in counts.dropped.items():
+        metrics[f"flow/groups/dropped/{reason}"] = last(amount.groups)
+        metrics[f"flow/tokens/dropped/{reason}"] = last(amount.tokens)
+    return metrics

