@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import re
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -30,7 +31,7 @@ from actors.engine import EngineDied, EngineSettings, LoadReceipt, SampleRequest
 from actors.watched_process import WatchedProcess
 from actors.weight_receiver import BACKENDS
 from rl.trajectory import Completion, VersionSpan
-from rl.weights import NcclGroup, TensorDigest, WeightUpdate, WeightUpdateError, verify_tensors
+from rl.weights import NcclGroup, TensorDigest, WeightUpdate, WeightUpdateError
 
 T = TypeVar("T")
 STOP_SECONDS = 20.0
@@ -48,7 +49,8 @@ class VllmEngine:
         self._torn = False
         self._processes: tuple[WatchedProcess, ...] = ()
         self._deaths: list[asyncio.Task] = []
-        self._scored = 0
+        self._rounds_begun = 0
+        self._scorings_begun = 0
 
     @classmethod
     async def start(cls, settings: EngineSettings) -> VllmEngine:
@@ -59,6 +61,7 @@ class VllmEngine:
         pids = {pid for pair in await llm.collective_rpc("slipstream_processes") for pid in pair} - {os.getpid()}
         engine._processes = tuple(WatchedProcess(pid) for pid in sorted(pids))
         engine._deaths = [asyncio.create_task(process.ended.wait()) for process in engine._processes]
+        await engine._alive(llm.collective_rpc("slipstream_follow", args=(os.getpid(),)))
         if settings.weight_backend == "shared_memory":
             await engine._alive(llm.init_weight_transfer_engine(WeightTransferInitRequest()))
         await engine._alive(llm.update_weight_version("0"))
@@ -71,6 +74,7 @@ class VllmEngine:
 
     async def sample(self, request: SampleRequest) -> tuple[Completion, ...]:
         async with self._turn:
+            self._refuse_unfit(request)
             queue = await self._alive(self._add(request, salt=str(self.version)))
         return await self._finish(queue)
 
@@ -83,8 +87,11 @@ class VllmEngine:
             return []
         async with self._rounds:
             async with self._turn:
+                for request in requests:
+                    self._refuse_unfit(request)
                 await self._alive(self._llm.pause_generation(mode="keep", clear_cache=False))
-                salt = f"{self.version} {requests[0].request_id}"
+                self._rounds_begun += 1
+                salt = f"{self.version}, round {self._rounds_begun}"
                 try:
                     queues = [await self._alive(self._add(request, salt)) for request in requests]
                 finally:
@@ -92,14 +99,14 @@ class VllmEngine:
             return list(await asyncio.gather(*(self._finish(queue) for queue in queues)))
 
     async def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
-        self._scored += 1
+        self._scorings_begun += 1
         parameters = SamplingParams(
             temperature=1.0, max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False
         )
         async with self._turn:
             self._refuse_torn()
             prompt = tokens_input(list(token_ids), cache_salt=str(self.version))
-            queue = await self._alive(self._llm.add_request(f"score-{self._scored}", prompt, parameters))
+            queue = await self._alive(self._llm.add_request(f"score-{self._scorings_begun}", prompt, parameters))
         output = await self._alive(self._collect(queue))
         assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(token_ids)
         return tuple(
@@ -128,7 +135,8 @@ class VllmEngine:
         return LoadReceipt(version=update.version, tensors=received, missing=(), seconds=seconds)
 
     async def check_alive(self) -> None:
-        await self._alive(self._llm.check_health())
+        if self._dead:
+            raise self._died()
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._llm.shutdown)
@@ -138,6 +146,7 @@ class VllmEngine:
         for process in self._processes:
             process.kill()
         await asyncio.gather(*self._deaths)
+        del self._llm  # else vLLM shuts it down once more when the interpreter ends, and complains
 
     async def _replace_weights(self, update: WeightUpdate) -> tuple[TensorDigest, ...]:
         """Load an update into the paused engine. On failure, resume only if the old weights are still whole."""
@@ -147,7 +156,6 @@ class VllmEngine:
             await self._alive(self._llm.update_weights(request))
             await self._alive(self._llm.finish_weight_update())
             received, _ = await self._received()
-            verify_tensors(update.tensors, received)
         except EngineDied:
             raise
         except Exception as error:  # vLLM reports a worker's exception as a bare Exception with its text
@@ -164,22 +172,12 @@ class VllmEngine:
         return received
 
     async def _received(self) -> tuple[tuple[TensorDigest, ...], bool]:
-        """What the workers received last, and whether one of them holds parts of two versions."""
+        """What the workers received last, each having verified it, and whether one holds parts of two versions."""
         books = await self._alive(self._llm.collective_rpc("slipstream_received"))
-        if any(book["tensors"] != books[0]["tensors"] for book in books):
-            raise WeightUpdateError(f"the {len(books)} workers received different tensors")
         return msgspec.convert(books[0]["tensors"], tuple[TensorDigest, ...]), any(book["torn"] for book in books)
 
     async def _add(self, request: SampleRequest, salt: str) -> RequestOutputCollector:
         """Hand a request to the engine; returns when it is on its way, with the queue its output will come from."""
-        self._refuse_torn()
-        needed = len(request.token_ids) + request.max_tokens
-        if needed > self.settings.max_context_tokens:
-            raise ValueError(
-                f"prompt {request.request_id} has {len(request.token_ids)} tokens and asks for {request.max_tokens} "
-                f"more, but the context holds {self.settings.max_context_tokens}; raise model.max_context_tokens to "
-                f"{needed}, lower rollout.max_tokens, or leave this prompt out"
-            )
         parameters = SamplingParams(
             n=request.count,
             temperature=request.temperature,
@@ -202,15 +200,29 @@ class VllmEngine:
                 pass
             return output
         except asyncio.CancelledError:
-            if not self._llm.errored:
+            if not self._dead:
                 await self._llm.abort(queue.request_id, internal=True)
             raise
         finally:
             queue.close()
 
+    def _refuse_unfit(self, request: SampleRequest) -> None:
+        self._refuse_torn()
+        needed = len(request.token_ids) + request.max_tokens
+        if needed > self.settings.max_context_tokens:
+            raise ValueError(
+                f"prompt {request.request_id} has {len(request.token_ids)} tokens and asks for {request.max_tokens} "
+                f"more, but the context holds {self.settings.max_context_tokens}; raise model.max_context_tokens to "
+                f"{needed}, lower rollout.max_tokens, or leave this prompt out"
+            )
+
     def _refuse_torn(self) -> None:
         if self._torn:
             raise WeightUpdateError(f"engine {self.settings.name} holds parts of two versions since an update failed")
+
+    @property
+    def _dead(self) -> bool:
+        return any(process.ended.is_set() for process in self._processes) or self._llm.errored
 
     async def _alive(self, call: Awaitable[T]) -> T:
         """Await an answer of the engine, or its death: vLLM itself leaves some calls pending for ever then."""
@@ -226,10 +238,10 @@ class VllmEngine:
         raise self._died()
 
     def _died(self) -> EngineDied:
-        gone = [str(process.pid) for process in self._processes if process.ended.is_set()]
+        gone = [process.pid for process in self._processes if process.ended.is_set()]
         return EngineDied(
-            f"engine {self.settings.name} died: of its processes {', '.join(map(str, self.pids))} "
-            f"{', '.join(gone) or 'none'} ended before stop() was called; its log says why"
+            f"engine {self.settings.name} died: of its processes {list(self.pids)} {gone or 'none yet'} ended, and "
+            "nobody had called stop(); its log says why"
         )
 
 
@@ -242,6 +254,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         max_num_seqs=settings.max_sequences,
         tensor_parallel_size=settings.tensor_parallel,
         gpu_memory_utilization=settings.gpu_memory_fraction,
+        kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30) if on_cpu else None,
         enforce_eager=on_cpu,  # compiling costs minutes on a CPU; on CUDA the graphs are worth it
         seed=settings.seed,
         logprobs_mode="processed_logprobs",
@@ -255,8 +268,9 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
 def _variables(settings: EngineSettings) -> dict[str, str]:
     """What vLLM takes from its environment only. nobind: pinned threads would sit on the core the learner uses."""
     variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    variables["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
     if settings.device == "cpu":
-        variables |= {"VLLM_CPU_KVCACHE_SPACE": f"{settings.kv_cache_gib:g}", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if settings.threads is not None:
             variables["OMP_NUM_THREADS"] = str(settings.threads)
     return variables
@@ -310,10 +324,11 @@ def _completion(output: CompletionOutput) -> Completion:
         token_ids=token_ids,
         logprobs=tuple(entry[token].logprob for token, entry in zip(token_ids, entries, strict=True)),
         spans=tuple(VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions or ()),
-        finish_reason=output.finish_reason,
+        finish_reason=output.finish_reason if output.finish_reason in ("stop", "length") else "abort",
     )
 
 
 def _reason(error: Exception) -> str:
-    """The sentence at the heart of a worker's exception, which vLLM wraps in its own."""
-    return str(error).strip().splitlines()[-1]
+    """What a worker said: vLLM hands its exception on as a bare Exception, with words around the text."""
+    said = re.search(r"Worker failed with error '(.*)', please check", str(error), re.DOTALL)
+    return said[1] if said else str(error)

@@ -8,7 +8,11 @@ or, if loading had begun, `torn`: then it must not sample until a complete updat
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import signal
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +28,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -53,14 +58,14 @@ def digest_all(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[TensorDigest
         return list(pool.map(lambda named: digest_tensor(*named), on_cpu))
 
 
-def unfilled_parameters(model: torch.nn.Module, loaded: set[str]) -> list[str]:
+def unfilled_parameters(model: torch.nn.Module, expected: set[str], loaded: set[str]) -> list[str]:
     """Engine parameters that an update left without new values; to be asked before the reload is finalized.
 
     `loaded` is what load_weights reported. It speaks of whole parameters, while a fused one (qkv_proj) comes from
     several tensors of a checkpoint: the layer's element count shows one that is absent. An embedding is a single
     tensor and padded by vLLM, so its count may fall short.
     """
-    missing = [name for name, _ in model.named_parameters() if name not in loaded]
+    missing = sorted(expected - loaded)
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
         total = info.load_numel_total or 0
@@ -69,23 +74,45 @@ def unfilled_parameters(model: torch.nn.Module, loaded: set[str]) -> list[str]:
     return missing
 
 
+def finalize(model: torch.nn.Module, model_config: Any) -> None:
+    """Put the loaded weights where the kernels look for them, in layers that share a loaded parameter too.
+
+    vLLM processes a tied parameter for the layer that owns it only. On a CPU the output head computes with a repacked
+    copy of its own, which would stay at the starting weights for ever.
+    """
+    finalize_layerwise_reload(model, model_config)
+    owned = dict(model.named_parameters())
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if name not in owned and isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def parameter_names(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters, a tied one once."""
+    return {name for name, _ in model.named_parameters()}
+
+
 @dataclass
 class Books:
-    """What happened in the latest update: digests of what came, names that load_weights took, and the state left."""
+    """What happened in the latest update: what was expected, came and was loaded, and the state it left.
 
+    expected are the model's parameters without tied duplicates, listed while they are still tied: a reload unties them.
+    """
+
+    expected: set[str] = field(default_factory=set)
     received: list[TensorDigest] = field(default_factory=list)
     loaded: set[str] = field(default_factory=set)
     torn: bool = False
 
     def load(self, model: torch.nn.Module, tensors: list[tuple[str, torch.Tensor]]) -> None:
-        """Hand tensors to the model; from here until `close` it holds parts of two versions."""
+        """Hand tensors to the model; from here until the reload is finished it holds parts of two versions."""
         self.torn = True
         self.loaded |= model.load_weights(tensors)
 
-    def close(self, model: torch.nn.Module, sent: list[TensorDigest]) -> None:
+    def verify(self, model: torch.nn.Module, sent: list[TensorDigest]) -> None:
         """Raise WeightUpdateError unless all that was sent came, and filled the model."""
-        verify_tensors(sent, self.received, unfilled_parameters(model, self.loaded))
-        self.torn = False
+        verify_tensors(sent, self.received, unfilled_parameters(model, self.expected, self.loaded))
 
 
 @dataclass
@@ -128,19 +155,21 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         sent = msgspec.convert(update_info.tensors, list[TensorDigest])
         with safe_open(update_info.path, "pt") as file:
             tensors = [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118  not a mapping
-        self.books = Books(received=digest_all(tensors), torn=self.books.torn)
+        self.books = Books(parameter_names(self.model), digest_all(tensors), torn=self.books.torn)
         verify_tensors(sent, self.books.received)
         initialize_layerwise_reload(self.model)
         try:
             self.books.load(self.model, tensors)
-            self.books.close(self.model, sent)
+            self.books.verify(self.model, sent)
         except BaseException:
-            self.finish_weight_update()  # else the next update would count on top of this one's half-filled layers
+            # Else the next update would count on top of this one's half-filled layers.
+            finalize(self.model, self.model_config)
             raise
 
     def finish_weight_update(self) -> None:
-        """Put the processed weights where the kernels look for them."""
-        finalize_layerwise_reload(self.model, self.model_config)
+        """The model is whole again."""
+        finalize(self.model, self.model_config)
+        self.books.torn = False
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""
@@ -175,19 +204,35 @@ class VerifiedNcclEngine(NCCLWeightTransferEngine):
         super().__init__(*vllm_parts)
         self.books = Books()
 
+    def start_weight_update(self) -> None:
+        """As vLLM does, with new books."""
+        self.books = Books(parameter_names(self.model), torn=True)
+        super().start_weight_update()
+
     def receive_weights(self, update_info: VerifiedNcclUpdate) -> None:
         """Take part in the broadcast, then verify."""
         model = self.model
-        self.books = Books(torn=True)
         self.model = _Inbox(model, self.books)
         try:
             super().receive_weights(update_info)
-            self.books.close(model, msgspec.convert(update_info.tensors, list[TensorDigest]))
+            self.books.verify(model, msgspec.convert(update_info.tensors, list[TensorDigest]))
         except BaseException:
-            finalize_layerwise_reload(model, self.model_config)
+            finalize(model, self.model_config)
             raise
         finally:
             self.model = model
+
+    def finish_weight_update(self) -> None:
+        """The model is whole again."""
+        finalize(self.model, self.model_config)
+        self.books.torn = False
+
+
+def _end_with(owner: int, core: int) -> None:
+    select.select([owner], [], [])  # a pidfd is readable when its process has ended
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(core, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class WorkerExtension:
@@ -196,6 +241,11 @@ class WorkerExtension:
     def slipstream_processes(self) -> tuple[int, int]:
         """Process ids of this worker and of its parent, which is vLLM's engine core unless the two are one."""
         return os.getpid(), os.getppid()
+
+    def slipstream_follow(self, owner: int) -> None:
+        """End this worker and the engine core when process `owner` is gone: vLLM's core would run on for nobody."""
+        pidfds = os.pidfd_open(owner), os.pidfd_open(os.getppid())
+        threading.Thread(target=_end_with, args=pidfds, daemon=True, name="follows its owner").start()
 
     def slipstream_received(self) -> dict[str, Any]:
         """The books of the latest update, as plain values."""

@@ -9,7 +9,7 @@ Shapes: B rows (groups) of a micro-batch, L tokens of its longest row, N answer 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,8 +37,9 @@ class BatchPlan:
 @dataclass(frozen=True)
 class MicroBatch:
     """The tensors of one forward pass. source_N are indices into [B * L]: where each target's logits come from.
+    num_real of the B * L tokens are no padding.
 
-    behaviour_N (nats) and advantages_N are fp64. lags_N counts policy versions. num_padded is B * L.
+    behaviour_N (nats) and advantages_N are fp64. lags_N, fp64, counts policy versions.
     """
 
     ids_BL: Tensor
@@ -49,15 +50,15 @@ class MicroBatch:
     behaviour_N: Tensor
     advantages_N: Tensor
     lags_N: Tensor
+    num_real: int
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device."""
-        return MicroBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
-def plan_batch(
-    entries: Sequence[GroupEntry], world_size: int, micro_batch_tokens: int, max_tokens: int
-) -> BatchPlan:
+def plan_batch(entries: Sequence[GroupEntry], world_size: int, micro_batch_tokens: int, max_tokens: int) -> BatchPlan:
     """Spread groups over ranks and micro-batches; the same everywhere, because it looks at nothing but its arguments.
 
     Longest first to the least loaded rank; within a rank, rows of similar length share a micro-batch of at most
@@ -69,7 +70,9 @@ def plan_batch(
     lengths = [entry.prompt_tokens + _scored_tokens(entry) for entry in entries]
     rows = sorted((i for i, entry in enumerate(entries) if _scored_tokens(entry)), key=lambda i: (-lengths[i], i))
     if not rows:
-        raise ValueError(f"none of the {len(entries)} groups of this batch has a scored trajectory; nothing to train on")
+        raise ValueError(
+            f"none of the {len(entries)} groups of this batch has a scored trajectory; nothing to train on"
+        )
     if lengths[rows[0]] > micro_batch_tokens:
         raise ValueError(
             f"group {entries[rows[0]].group_id} needs a row of {lengths[rows[0]]} tokens, but "
@@ -118,6 +121,7 @@ def pack(groups: Sequence[Group], advantage: Estimator, version: int) -> MicroBa
         behaviour_N=joined("behaviour", torch.float64),
         advantages_N=joined("advantages", torch.float64),
         lags_N=joined("lags", torch.float64),
+        num_real=sum(len(row.ids) for row in rows) if groups else 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""This file turns hidden states into log-probabilities under the sampling distribution, without a float table of logits.
+"""This file turns hidden states into log-probabilities under the sampling distribution, without fp32 logits of a batch.
 
 Shapes: N answer tokens, H hidden size, V vocabulary, C tokens of one chunk.
 """
@@ -27,7 +27,9 @@ class _HeadLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logits_NV = hidden_NH @ weight_VH.T
         precise = torch.promote_types(logits_NV.dtype, torch.float32)
-        logprobs_N, entropy_N, normaliser_N = (torch.empty(len(targets_N), dtype=precise, device=hidden_NH.device) for _ in range(3))
+        logprobs_N, entropy_N, normaliser_N = (
+            torch.empty(len(targets_N), dtype=precise, device=hidden_NH.device) for _ in range(3)
+        )
         for chunk in _chunks(len(targets_N)):
             logits_CV = logits_NV[chunk].to(precise) / temperature
             normaliser_C = logits_CV.logsumexp(-1)

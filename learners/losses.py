@@ -1,6 +1,6 @@
 """This file holds the per-token policy losses, as pure functions of the same arguments.
 
-Shapes: N answer tokens. π is the current policy, μ the one that sampled, r = π/μ the importance weight, A the advantage.
+Shapes: N answer tokens. π is the current policy, μ the one that sampled, r = π/μ the ratio, A the advantage.
 """
 
 from __future__ import annotations

@@ -45,6 +45,17 @@ class Policy(nn.Module):
         return head_logprobs(hidden_NH, self.model.get_output_embeddings().weight, targets_N, temperature)
 
 
+@torch.no_grad()
+def score_sequence(policy: Policy, token_ids: tuple[int, ...]) -> tuple[float, ...]:
+    """Log-probabilities in nats, at temperature 1, of a sequence's tokens after the first. A collective."""
+    ids_L = torch.tensor(token_ids, device=next(policy.parameters()).device)
+    order_L = torch.arange(len(ids_L), device=ids_L.device)
+    mask_LL = order_L[:, None] >= order_L[None]
+    logprobs_L, _ = policy(ids_L[None], order_L[None], mask_LL[None, None], order_L[:-1], ids_L[1:], 1.0)
+    policy.reshard()  # only a backward pass does so by itself: the root's parameters would stay whole, in bf16
+    return tuple(logprobs_L.tolist())
+
+
 def join_ranks(rendezvous: str, rank: int, world_size: int, device: str, deadline_s: float) -> bool:
     """Enter the process group of the ranks (gloo on CPU, NCCL on CUDA); False if this process is already in one.
 
@@ -72,7 +83,9 @@ def load_policy(model_dir: str, device: str, master_dtype: torch.dtype, compute_
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=master_dtype, attn_implementation="sdpa")
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None or getattr(model.config, "final_logit_softcapping", None):
-        raise ValueError(f"{model_dir}: a head with a bias or a logit soft-cap is not supported; choose another model.path")
+        raise ValueError(
+            f"{model_dir}: a head with a bias or a logit soft-cap is not supported; choose another model.path"
+        )
     return shard(Policy(model.eval()), device, compute_dtype)
 
 

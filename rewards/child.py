@@ -29,6 +29,7 @@ from rewards.wire import (
     Loaded,
     Reply,
     Started,
+    decode_reply,
     decode_request,
     encode_reply,
 )
@@ -115,6 +116,7 @@ def _bounded(reply: Reply) -> bytes:
     """The encoded reply; a Failure in its place where its parts or extra cannot be sent."""
     try:
         frame = encode_reply(reply)
+        decode_reply(frame[HEADER.size :])  # what the parent would do: keys that are no strings show here
     except Exception as error:  # whatever a plugin's own repr or key type raises; counted as its failure
         return encode_reply(Finished(None, "exception", f"the Score cannot be sent: {failure_of(error).message}"))
     if len(frame) > MAX_REPLY_BYTES:

@@ -1,7 +1,8 @@
-"""This file is the built-in reward `reasoning_gym`: the dataset's own scorer on the answer taken from the completion."""
+"""This file is the built-in reward `reasoning_gym`: a dataset's own scorer on the answer in a completion."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, Literal
@@ -11,7 +12,8 @@ from reasoning_gym.utils import extract_answer
 
 from rewards.base import Score, reward
 
-NUMBER = re.compile(r"(?<![\d.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+NUMBER = re.compile(r"(?<!\d)[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+scorer_of: Callable[[str], Callable[..., float]] = functools.cache(get_score_answer_fn)  # some read files each time
 Extract = Literal["last_number", "answer_tag", "whole"]
 
 
@@ -29,7 +31,7 @@ def reasoning_gym_score(
     scorers give part of the score for an answer that contains the right one; exact makes that 0. No answer scores what
     the dataset gives for none. Whatever a scorer raises on a malformed answer is a failure.
     """
-    score = float(get_score_answer_fn(dataset)(EXTRACTORS[extract](completion), entry))
+    score = float(scorer_of(dataset)(EXTRACTORS[extract](completion), entry))
     correct = float(score >= 1.0)
     return Score(correct if exact else score, {"correct": correct})
 

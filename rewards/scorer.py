@@ -73,7 +73,7 @@ class _Source:
         self.refresh()
 
     def refresh(self) -> Load:
-        """The Load that stands for the reward as it is now. A file that is gone, as while an editor saves, changes nothing."""
+        """The Load for the reward as it is now. A file that is gone, as while an editor saves, changes nothing."""
         if self._path is None:
             return self.load
         with contextlib.suppress(OSError):
@@ -116,7 +116,7 @@ class Scorer:
         self._sources = {name: _Source(name, spec) for name, spec in self._specs.items()}
         try:
             for _ in range(self._workers):
-                self._slots.append(_Slot(await self._start_child()))
+                self._slots.append(_Slot(await Child.start(self._memory_bytes)))
             await asyncio.gather(*(self._load_all(slot.child) for slot in self._slots))
         except BaseException:
             await self.close()
@@ -178,26 +178,21 @@ class Scorer:
             self._free.put_nowait(slot)
 
     async def _renew(self, slot: _Slot) -> None:
-        """Puts a new child where the old one died; it imports the rewards while nobody waits for it."""
-        if self._closed:
-            raise RuntimeError("the reward scorer was closed while it judged")
+        """Puts a new child where the old one died; it imports a reward when that is first asked for."""
         if not slot.child.alive:
             await slot.child.gone()
-            slot.child = await self._start_child()
-
-    async def _start_child(self) -> Child:
-        child = await Child.start(self._memory_bytes)
-        for source in self._sources.values():
-            if source.load.key not in self._hung_imports:
-                child.request_load(source.load)
-        return child
+            if not self._closed:
+                slot.child = await Child.start(self._memory_bytes)
+        if self._closed:
+            slot.child.kill()
+            raise RuntimeError("the reward scorer was closed while it judged")
 
     async def _load(self, child: Child, load: Load) -> Loaded:
         """The reward loaded in this child; ChildLost of kind import where it does not import."""
         if load.key in self._hung_imports:
             raise ChildLost("import", self._hung_imports[load.key])
         try:
-            loaded = await child.loaded(load, LOAD_DEADLINE_S)
+            loaded = await child.load(load, LOAD_DEADLINE_S)
         except ChildLost as lost:
             if load.key[1]:  # not again with this content; a module may import once its surroundings are mended
                 self._hung_imports[load.key] = str(lost)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
+
 from rl.buffer import BufferStats
 from rl.metrics import Metrics, highest, last, lowest, mean, merge, total
 from rl.orders import StepReport
@@ -20,8 +21,8 @@ JUDGEMENTS_BEFORE_A_VERDICT = 32
 
 def check_balance(counts: BufferStats, running: int) -> None:
     """Raise RuntimeError where groups or tokens vanished or appeared, with every count."""
-    placed = (counts.buffered, counts.leased, counts.trained, *counts.dropped.values())
-    unplaced_tokens = counts.sampled_tokens - sum(amount.tokens for amount in placed)
+    placed_tokens = counts.buffered_tokens + counts.leased_tokens + counts.trained_tokens
+    unplaced_tokens = counts.sampled_tokens - placed_tokens - sum(tokens for _, tokens in counts.dropped.values())
     if not 0 <= counts.in_flight <= running or unplaced_tokens:
         raise RuntimeError(
             f"groups do not balance: {counts.in_flight} of those drawn are nowhere while {running} are in flight, and "
@@ -115,20 +116,20 @@ def _of_part(source: str, part: RewardPart) -> Metrics:
 
 
 def _of_counts(counts: BufferStats) -> Metrics:
-    trained = counts.trained.tokens + counts.leased.tokens  # leased groups are trained, and wait for their checkpoint
+    trained = counts.trained_tokens + counts.leased_tokens  # leased groups are trained, and wait for their checkpoint
     metrics: Metrics = {
         "flow/groups/drawn": last(counts.drawn),
-        "flow/groups/trained": last(counts.trained.groups + counts.leased.groups),
-        "flow/groups/buffered": last(counts.buffered.groups),
+        "flow/groups/trained": last(counts.trained_groups + counts.leased_groups),
+        "flow/groups/buffered": last(counts.buffered_groups),
         "flow/groups/in_flight": last(counts.in_flight),
         "flow/tokens/sampled": last(counts.sampled_tokens),
         "flow/tokens/trained": last(trained),
-        "flow/tokens/buffered": last(counts.buffered.tokens),
-        "flow/useful_token_fraction": last(trained / max(1, counts.sampled_tokens - counts.buffered.tokens)),
-        "buffer/bytes": last(counts.buffered.bytes + counts.leased.bytes),
+        "flow/tokens/buffered": last(counts.buffered_tokens),
+        "flow/useful_token_fraction": last(trained / max(1, counts.sampled_tokens - counts.buffered_tokens)),
+        "buffer/bytes": last(counts.buffered_bytes + counts.leased_bytes),
         "buffer/oldest_age/s": last(counts.oldest_age_s),
     }
-    for reason, amount in counts.dropped.items():
-        metrics[f"flow/groups/dropped/{reason}"] = last(amount.groups)
-        metrics[f"flow/tokens/dropped/{reason}"] = last(amount.tokens)
+    for reason, (groups, tokens) in counts.dropped.items():
+        metrics[f"flow/groups/dropped/{reason}"] = last(groups)
+        metrics[f"flow/tokens/dropped/{reason}"] = last(tokens)
     return metrics

@@ -3,10 +3,10 @@
     admit -> (sampling) -> put -> buffered -> lease -> leased -> commit -> trained
                         -> drop             -> stale, surplus
 
-A lease belongs to the run and survives the process that took it; only `commit` frees a group's memory, once a checkpoint
-holds the step that learnt from it. At every moment drawn = trained + dropped + leased + buffered + in flight, in groups,
-and the same without in flight in sampled tokens; counters move in the same script as the group itself, so no crash can
-part them. Keys carry the run id, as a hash tag for clusters; nothing is flushed, and nothing expires.
+A lease belongs to the run and survives the process that took it; only `commit` frees a group's memory, once a
+checkpoint holds the step that learnt from it. At every moment drawn = trained + dropped + leased + buffered + in flight,
+in groups, and the same without in flight in sampled tokens: counters move in the same script as the group itself, so no
+crash can part them. Keys carry the run id, as a hash tag for clusters; nothing is flushed, and nothing expires.
 
 Commands are not retried: a lease whose answer was lost would be taken twice. `put`, `drop`, `commit` and `lease_again`
 are idempotent by group id, so a caller may repeat them.
@@ -99,10 +99,9 @@ class Buffer:
 
     @classmethod
     async def connect(cls, url: str, run_id: str, max_bytes: int) -> Buffer:
-        """Opens the buffer of `run_id`, new or left behind by an earlier process. max_bytes caps what waits unleased.
+        """Opens the buffer of `run_id`, new or left by an earlier process. max_bytes caps the payloads not yet leased.
 
-        Raises ValueError (what the server said, and the fix) where the server is unreachable, refuses, is too old, or may
-        evict trajectories.
+        Raises ValueError (what the server said, and the fix) where it is unreachable, refuses, is too old, or may evict.
         """
         assert "}" not in run_id, f"run id {run_id!r} would end its own hash tag"
         buffer = cls(_client(url, redis.asyncio), url, run_id, max_bytes)
@@ -136,7 +135,10 @@ class Buffer:
             return await self._client.hincrby(self._keys[3], "drawn:groups", count) - count
 
     async def has_room(self) -> bool:
-        """Whether the payloads waiting unleased stay below the cap. Leased ones do not count: they would deadlock it."""
+        """Whether the payloads not yet leased stay below the cap.
+
+        Leased ones do not count: a cap full of them would keep the next batch, and with it their commit, from coming.
+        """
         with _translated(self._where):
             waiting = await self._client.hget(self._keys[3], "buffered:bytes")
         return int(waiting or 0) < self._max_bytes
@@ -185,7 +187,7 @@ class Buffer:
         return _entries(entries)
 
     async def leased(self) -> tuple[GroupEntry, ...]:
-        """All groups that are leased and not committed. After a crash some may stand in no step ledger: give them back."""
+        """All groups leased and not committed. After a crash some may stand in no step ledger: give those back."""
         return _entries(await self._run("LEASED"))
 
     async def give_back(self, group_ids: Sequence[str]) -> int:
@@ -223,7 +225,7 @@ class Buffer:
         return await self._run("DROP_IN_FLIGHT", reason)
 
     async def wait_published(self, seconds: float) -> bool:
-        """Blocks until a group was published after this object's last `lease` or wait; False once `seconds` are over."""
+        """Blocks until a group is published after this object's last `lease` or wait; False once `seconds` are over."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             block_ms = max(1, int(1000 * min(left, BLOCK_S)))  # 0 would mean forever
@@ -327,8 +329,8 @@ def _client(url: str, flavour: Any) -> Any:
         )
     except ValueError:  # its message may quote a part of the password
         raise ValueError(
-            f"buffer.redis {masked(url)!r} is not a Redis URL; write redis://[user:password@]host:port/0 or rediss://..., "
-            "with special characters of the password percent-encoded"
+            f"buffer.redis {masked(url)!r} is not a Redis URL; write redis://[user:password@]host:port/0 or "
+            "rediss://..., with special characters of the password percent-encoded"
         ) from None
     return flavour.Redis.from_pool(pool)
 

@@ -6,8 +6,8 @@ Pure but for looking at files: nothing is started, and neither torch nor vLLM is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+import os
+from collections.abc import Callable
 
 import msgspec
 from rich.table import Table
@@ -23,7 +23,7 @@ BYTES_PER_PARAMETER_TRAINING = 18  # state, fp32 gradient and the bf16 copy that
 BYTES_PER_SAMPLED_TOKEN = 12  # msgpack: a token id and a float64 log-probability
 BYTES_PER_PROCESS = 1 << 30  # what importing torch or vLLM costs each process that does
 
-ResolveReward = Callable[[str, Mapping[str, Any]], object]
+ResolveReward = Callable[[str], object]
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -40,6 +40,11 @@ class Threads(msgspec.Struct, frozen=True):
 
     engine: int
     rank: int
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def share_threads(config: RunConfig, cores: int) -> Threads:
@@ -96,24 +101,25 @@ def arithmetic(config: RunConfig, cores: int) -> tuple[Row, ...]:
 def problems(config: RunConfig, resolve_reward: ResolveReward) -> list[str]:
     """What would stop this run at its start: each with fact, value and fix; empty where nothing was found.
 
-    resolve_reward finds a reward by its `use` and params and raises ValueError if it cannot (rewards/loading.py).
+    resolve_reward finds a reward by its `use` and raises ValueError if there is none: rewards.loading.resolve.
     """
     found = [model_size.missing(config.model.path)]
     found += validate(config.sources)
     for name, function in config.rewards.functions.items():
         try:
-            resolve_reward(function.use, function.params)
+            resolve_reward(function.use)
         except ValueError as error:
             found.append(f"rewards.functions.{name}: {error}")
-    if _batch_bytes(config) > config.buffer.max_bytes:
+    needed, cap = _batch_bytes(config), config.buffer.max_bytes
+    if needed > cap:
         found.append(
-            f"buffer.max_bytes {config.buffer.max_bytes} cannot hold one batch of full-length answers, about "
-            f"{_batch_bytes(config)} bytes: sampling would wait for ever; raise it to {4 * _batch_bytes(config)} or more"
+            f"buffer.max_bytes {cap} cannot hold one batch of full-length answers, about {needed} bytes: sampling "
+            f"would wait for ever; raise it to {4 * needed} or more"
         )
     return [problem for problem in found if problem]
 
 
-def table(rows: tuple[Row, ...], title: str) -> Table:
+def render(rows: tuple[Row, ...], title: str) -> Table:
     """The arithmetic as a table, one section per area."""
     view = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name in ("area", "what", "value", "how"):
@@ -135,7 +141,9 @@ def _batch_rows(config: RunConfig) -> list[Row]:
     rows_fit = config.learner.micro_batch_tokens // longest
     groups_of_rank = math.ceil(groups / config.learner.ranks)
     return [
-        Row("batch", "trajectories per step", _count(config.trajectories_per_step), f"{groups} groups x {size} answers"),
+        Row(
+            "batch", "trajectories per step", _count(config.trajectories_per_step), f"{groups} groups x {size} answers"
+        ),
         Row(
             "batch",
             "sampled tokens per step, at most",

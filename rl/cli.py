@@ -67,7 +67,9 @@ def resume(run: Annotated[str, typer.Argument(help="a run id under runs/, or a r
     console = Console(highlight=False)
     directory = RunDirectory(run if pathlib.Path(run).is_dir() else pathlib.Path("runs") / run)
     if not directory.config.exists():
-        console.print(f"[bold red]refused[/bold red]  {directory.config} does not exist; name a run directory", soft_wrap=True)
+        console.print(
+            f"[bold red]refused[/bold red]  {directory.config} does not exist; name a run directory", soft_wrap=True
+        )
         raise typer.Exit(EXIT_BAD_INPUT)
     try:
         settings = load_config(str(directory.config), [])
@@ -90,7 +92,8 @@ def _launch(settings: RunConfig, directory: RunDirectory, console: Console, resu
 @application.command()
 def check(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Say what a run would do, and what is wrong with its config, in under two seconds."""
-    from rl.check import arithmetic, problems
+    from rewards.loading import resolve
+    from rl.check import arithmetic, available_cores, problems, render
 
     console = Console(highlight=False)
     try:
@@ -99,20 +102,20 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
         console.print(f"[bold red]refused[/bold red]  {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
     console.print(dump_config(settings), markup=False)
-    console.print(arithmetic(settings))
-    found = problems(settings)
+    console.print(render(arithmetic(settings, available_cores()), "arithmetic"))
+    found = problems(settings, resolve)
     for problem in found:
         console.print(f"[bold red]problem[/bold red]  {escape(problem)}", soft_wrap=True)
     raise typer.Exit(EXIT_BAD_INPUT if found else 0)
 
 
 @application.command()
-def doctor() -> None:
-    """Look at this machine and say what would stop a run, and how to mend it."""
+def doctor(config: ConfigArgument = "arithmetic", overrides: Overrides = None) -> None:
+    """Look at this machine with a config's needs: what would stop the run, and how to mend it."""
     from rl.doctor import examine, render
 
     console = Console(highlight=False)
-    findings = examine()
+    findings = examine(load_config(config, overrides or []))
     console.print(render(findings))
     raise typer.Exit(1 if any(finding.severity == "error" for finding in findings) else 0)
 

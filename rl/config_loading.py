@@ -41,21 +41,21 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def load(config: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a config by path, or by the bare name of a file in configs/, and apply overrides such as `learner.lr=2e-5`.
 
     Raises:
         ValueError: the file is missing or unreadable, or its content with the overrides is no valid RunConfig.
     """
-    path = find(config)
+    path = find_config(config)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the config {path}: {error}; give a readable YAML file") from None
-    return parse(text, str(path), overrides)
+    return parse_config(text, str(path), overrides)
 
 
-def find(config: str) -> pathlib.Path:
+def find_config(config: str) -> pathlib.Path:
     """The file that CONFIG means: a path, or NAME for configs/NAME.yaml here or in the installed tree.
 
     Raises:
@@ -76,7 +76,7 @@ def find(config: str) -> pathlib.Path:
     )
 
 
-def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> RunConfig:
+def parse_config(text: str, origin: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Make a RunConfig of YAML text; `origin` names it in messages.
 
     Raises:
@@ -93,8 +93,8 @@ def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(_explain(error, origin)) from None
 
 
-def dump(config: RunConfig) -> str:
-    """The resolved configuration as YAML, every default written out; parse(dump(config)) == config."""
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every default written out; parse_config gives it back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -143,7 +143,7 @@ def _problem(item: Mapping[str, Any]) -> str:
     path, value = _dotted(location), item["input"]
     match item["type"]:
         case "extra_forbidden":
-            return f"{path}: {value!r} is set, but {_no_such_key(location)}"
+            return f"{path} is set to {_short(value)}, but {_no_such_key(location)}"
         case "missing":
             return f"{path} is missing{_meaning(location)}; add it"
         case "value_error":
@@ -166,9 +166,7 @@ def _no_such_key(location: Sequence[str | int]) -> str:
     name = str(location[-1])
     siblings = list(_fields(location[:-1]))
     where = _dotted(location[:-1])
-    elsewhere = [
-        f"{section}.{name}" for section in _fields(()) if section != where and name in _fields((section,))
-    ]
+    elsewhere = [f"{section}.{name}" for section in _fields(()) if section != where and name in _fields((section,))]
     advice = f"; did you mean {elsewhere[0]}?" if elsewhere else _nearest(name, siblings)
     return f"there is no such key{advice}; {where or 'the top level'} takes: {', '.join(siblings)}"
 
@@ -200,9 +198,7 @@ def _member(union: Any, tag: str | int) -> Any:
 
 
 def _fields(location: Sequence[str | int]) -> dict[str, pydantic.fields.FieldInfo]:
-    here: Any = RunConfig
-    for _, here in _steps(location):
-        pass
+    *_, here = RunConfig, *(found for _, found in _steps(location))
     return getattr(here, "model_fields", {})
 
 

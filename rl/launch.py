@@ -11,17 +11,16 @@ import pathlib
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from rewards.loading import resolve
 from rl import run_state
 from rl.accounting import RewardWatch, StepAccount
 from rl.buffer import Buffer
-from rl.check import problems
+from rl.check import Threads, available_cores, problems, share_threads
 from rl.config import RunConfig
-from rl.config_loading import dump_config
 from rl.curriculum import Curriculum
 from rl.embedded_redis import EmbeddedRedis
 from rl.process_guard import MARK, ProcessGuard
@@ -31,6 +30,7 @@ from rl.run import Parts, Plan, Run
 from rl.run_outcome import Outcome
 from rl.staleness import Gate
 from rl.terminal import TerminalProgress
+from rl.trajectory import Message, TextPart
 from rl.waits import within
 
 if TYPE_CHECKING:
@@ -38,22 +38,7 @@ if TYPE_CHECKING:
     from learners.fleet import LearnerFleet
 
 CACHE = "SLIPSTREAM_CACHE"
-END_SECONDS = 20.0
-
-
-@dataclass(frozen=True)
-class Machine:
-    """How many threads each process gets, derived from the cores there are."""
-
-    cores: int
-    threads_per_generator: int
-    threads_per_rank: int
-
-
-def share_out(config: RunConfig, cores: int) -> Machine:
-    """Split the cores evenly over engines and ranks, at least one thread each, unless the config says."""
-    each = max(1, cores // (config.generators.count + config.learner.ranks))
-    return Machine(cores, config.generators.threads or each, config.learner.threads_per_rank or each)
+CANARY = "A quick brown fox jumps over the lazy dog. What is 12 + 30?"
 
 
 def cache_folder() -> pathlib.Path:
@@ -63,7 +48,7 @@ def cache_folder() -> pathlib.Path:
 
 async def launch(config: RunConfig, directory: RunDirectory, console: Console, resume: bool) -> Outcome:
     """Start everything, train, end everything; the outcome says how it went. Never raises for a failed run."""
-    found = problems(config)
+    found = problems(config, resolve)
     if found:
         return Outcome.of_error("refused", ValueError("\n".join(found)))
     recorder = Recorder(directory)
@@ -76,7 +61,9 @@ async def launch(config: RunConfig, directory: RunDirectory, console: Console, r
             status = await run.main()
             outcome = Outcome(status=status, step=run.step, summary=_summary(status, run, directory))
     except asyncio.CancelledError:
-        outcome = Outcome(status="stopped", step=stopper.step, summary=f"at once; go on with: rl resume {directory.path}")
+        outcome = Outcome(
+            status="stopped", step=stopper.step, summary=f"at once; go on with: rl resume {directory.path}"
+        )
     except Exception as error:  # whatever ended the run is its outcome, with the traceback in outcome.json
         bad_input = stopper.run is None and isinstance(error, ValueError | OSError)
         outcome = Outcome.of_error("refused" if bad_input else "failed", error, stopper.step)
@@ -87,7 +74,7 @@ async def launch(config: RunConfig, directory: RunDirectory, console: Console, r
 
 
 class _Stopper:
-    """The first Ctrl-C or SIGTERM asks for a checkpoint and an end; a second one, or one before training, ends at once."""
+    """The first Ctrl-C or SIGTERM asks for a checkpoint and an end; a second, or one before training, ends at once."""
 
     def __init__(self, console: Console) -> None:
         self.run: Run | None = None
@@ -127,20 +114,18 @@ async def _assemble(
     url = config.buffer.redis or await stack.enter_async_context(_embedded_redis(directory))
     buffer = await Buffer.connect(url, directory.run_id, config.buffer.max_bytes)
     stack.push_async_callback(buffer.close)
-    machine = share_out(config, os.cpu_count() or 1)
-    progress.note(_banner(config, directory, machine))
+    threads = share_threads(config, available_cores())
+    progress.note(_banner(config, directory, threads))
     model_dir = await asyncio.to_thread(_resolve_model, config.model.path)
     prompts = await asyncio.to_thread(_open_prompts, config, model_dir)
     weights = {name: source.weight for name, source in config.sources.items()}
-    curriculum = Curriculum(
-        prompts.levels, weights, config.curriculum, config.rollout.group_size, config.run.seed
-    )
+    curriculum = Curriculum(prompts.levels, weights, config.curriculum, config.rollout.group_size, config.run.seed)
     gate = Gate(config.staleness.max_lag, config.learner.groups_per_step)
     if checkpoint:
         await _restore(buffer, recorder, start_step, prompts, curriculum, gate)
-    await stack.enter_async_context(_ray(config, directory.run_id, machine))
+    await stack.enter_async_context(_ray(config, directory.run_id, threads))
     progress.note("starting the engines and the learner ranks")
-    generators, learners = await _start_fleets(stack, config, directory, machine, model_dir, url)
+    generators, learners = await _start_fleets(stack, config, directory, threads, model_dir, url)
     if checkpoint:
         await learners.load(str(checkpoint[0]))
     devices = config.generators.count * config.generators.tensor_parallel + config.learner.ranks
@@ -156,11 +141,10 @@ async def _assemble(
         account=StepAccount(devices),
         rewards=RewardWatch(config.rewards.max_failure_fraction),
     )
-    first_draw = (await buffer.stats()).drawn
-    return Run(_plan(config, directory.run_id, start_step, first_draw), parts)
+    return Run(_plan(config, directory.run_id, start_step), parts)
 
 
-def _plan(config: RunConfig, run_id: str, start_step: int, first_draw: int) -> Plan:
+def _plan(config: RunConfig, run_id: str, start_step: int) -> Plan:
     return Plan(
         run=config.run,
         evaluation=config.evaluation,
@@ -171,7 +155,6 @@ def _plan(config: RunConfig, run_id: str, start_step: int, first_draw: int) -> P
         max_lag=config.staleness.max_lag,
         max_canary_gap=config.weights.max_canary_gap,
         start_step=start_step,
-        first_draw=first_draw,
     )
 
 
@@ -199,7 +182,7 @@ async def _restore(
     prompts.load_state_dict(state["prompts"])
     curriculum.load_state_dict(state["curriculum"])
     counts = await buffer.stats()
-    held = counts.trained.groups + counts.leased.groups + counts.buffered.groups
+    held = counts.trained_groups + counts.leased_groups + counts.buffered_groups
     gate.load_state_dict({"accepted": held, "running": 0})
 
 
@@ -213,7 +196,7 @@ async def _embedded_redis(directory: RunDirectory) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def _ray(config: RunConfig, run_id: str, machine: Machine) -> AsyncIterator[None]:
+async def _ray(config: RunConfig, run_id: str, threads: Threads) -> AsyncIterator[None]:
     """The cluster that RAY_ADDRESS names, or a local one that ends with the run."""
     import ray
 
@@ -223,10 +206,10 @@ async def _ray(config: RunConfig, run_id: str, machine: Machine) -> AsyncIterato
         environment = {"env_vars": {MARK: run_id}}
         ray.init(namespace=run_id, runtime_env=environment, log_to_driver=False, logging_level="error")
     else:
-        wanted = config.generators.count * machine.threads_per_generator + config.learner.ranks * machine.threads_per_rank
+        wanted = config.generators.count * threads.engine + config.learner.ranks * threads.rank
         ray.init(
             namespace=run_id,
-            num_cpus=max(machine.cores, wanted),
+            num_cpus=max(available_cores(), wanted),
             include_dashboard=False,
             log_to_driver=False,
             logging_level="error",
@@ -235,3 +218,113 @@ async def _ray(config: RunConfig, run_id: str, machine: Machine) -> AsyncIterato
         yield
     finally:
         await asyncio.to_thread(ray.shutdown)
+
+
+def _banner(config: RunConfig, directory: RunDirectory, threads: Threads) -> str:
+    return (
+        f"[bold]{directory.run_id}[/bold]  {config.model.path}, {config.run.steps} steps of "
+        f"{config.learner.groups_per_step} groups of {config.rollout.group_size} answers, max lag "
+        f"{config.staleness.max_lag}\n          {config.generators.count} vLLM engine(s) and {config.learner.ranks} "
+        f"learner rank(s) on {config.device}, {threads.engine} and {threads.rank} thread(s) each; "
+        f"follow {directory.path}/metrics.jsonl"
+    )
+
+
+async def _start_fleets(
+    stack: AsyncExitStack,
+    config: RunConfig,
+    directory: RunDirectory,
+    threads: Threads,
+    model_dir: str,
+    url: str,
+) -> tuple[GeneratorFleet, LearnerFleet]:
+    """Bring engines and ranks up side by side; whichever part fails, what did start is ended by the stack."""
+    from actors.fleet import GeneratorFleet
+    from learners.fleet import LearnerFleet
+
+    async def generators() -> GeneratorFleet:
+        settings = _generator_settings(config, directory, threads, model_dir, url)
+        fleet = await GeneratorFleet.start(settings, config.generators.count)
+        stack.push_async_callback(fleet.close)
+        return fleet
+
+    async def learners() -> LearnerFleet:
+        settings = _learner_settings(config, directory, threads, model_dir, url)
+        fleet = await LearnerFleet.start(settings, config.learner.ranks)
+        stack.push_async_callback(fleet.close)
+        return fleet
+
+    both = asyncio.gather(generators(), learners())
+    started = await within(both, config.monitoring.start_deadline_s, "engines and learner ranks to start", "Ray")
+    started[0].payload_of = started[1].payload
+    return started
+
+
+def _generator_settings(config: RunConfig, directory: RunDirectory, threads: Threads, model_dir: str, url: str):
+    from actors.engine import EngineSettings
+    from actors.fleet import FleetSettings
+    from actors.generator import GeneratorSettings
+    from rewards.scorer import RewardSpec
+
+    functions, cuda = config.rewards.functions, config.device == "cuda"
+    return FleetSettings(
+        engine=EngineSettings(
+            name="generator",
+            model_dir=model_dir,
+            device=config.device,
+            weight_backend=config.weight_backend,
+            max_context_tokens=config.model.max_context_tokens,
+            max_sequences=config.generators.max_sequences,
+            tensor_parallel=config.generators.tensor_parallel,
+            kv_cache_gib=config.generators.kv_cache_gib,
+            gpu_memory_fraction=config.generators.gpu_memory_fraction,
+            threads=None if cuda else threads.engine,
+            seed=config.run.seed,
+        ),
+        generator=GeneratorSettings(
+            run_id=directory.run_id,
+            group_size=config.rollout.group_size,
+            max_tokens=config.rollout.max_tokens,
+            temperature=config.rollout.temperature,
+            reward_weights={name: function.weight for name, function in functions.items()},
+            reward_names={
+                source: tuple(name for name, each in functions.items() if source in (each.sources or config.sources))
+                for source in config.sources
+            },
+        ),
+        rewards={name: RewardSpec(each.use, each.timeout_s, each.params) for name, each in functions.items()},
+        reward_workers=config.rewards.workers,
+        redis_url=url,
+        max_bytes=config.buffer.max_bytes,
+        log_folder=str(directory.logs),
+        num_cpus=threads.engine,
+        num_gpus=config.generators.tensor_parallel if cuda else 0,
+    )
+
+
+def _learner_settings(config: RunConfig, directory: RunDirectory, threads: Threads, model_dir: str, url: str):
+    from actors.chat import ChatTokenizer
+    from learners.fleet import FleetSettings
+    from learners.learner import LearnerSettings
+
+    canary = ChatTokenizer(model_dir).render((Message("user", (TextPart(CANARY),)),))
+    return FleetSettings(
+        learner=LearnerSettings(
+            run_id=directory.run_id,
+            model_dir=model_dir,
+            device=config.device,
+            rendezvous="",  # rank 0 names it when its node is known
+            temperature=config.rollout.temperature,
+            max_tokens=config.rollout.max_tokens,
+            canary_token_ids=canary,
+            node="",
+            threads=threads.rank,
+            deadline_s=config.monitoring.step_deadline_s,
+            learner=config.learner,
+            algorithm=config.algorithm,
+        ),
+        redis_url=url,
+        log_folder=str(directory.logs),
+        num_cpus=threads.rank,
+        num_gpus=1 if config.device == "cuda" else 0,
+    )

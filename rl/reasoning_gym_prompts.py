@@ -29,7 +29,9 @@ def catalogue() -> dict[str, tuple[pathlib.Path, str]]:
     """Dataset name -> the file that registers it and the name of its configuration class; nothing is imported."""
     spec = importlib.util.find_spec("reasoning_gym")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("a source is of kind reasoning_gym, but the package reasoning-gym is not installed; install it")
+        raise ValueError(
+            "a source is of kind reasoning_gym, but the package reasoning-gym is not installed; install it"
+        )
     found: dict[str, tuple[pathlib.Path, str]] = {}
     for path in sorted(pathlib.Path(spec.submodule_search_locations[0]).rglob("*.py")):
         text = path.read_text(encoding="utf-8")
@@ -103,7 +105,7 @@ class ReasoningGymLevel:
         seen: set[str] = set()
         index = misses = 0
         while misses < MAX_MISSES:
-            question = self._question("held_out", 0, index, f"held_out-{index}")
+            question = self._question("held_out", 0, index, str(index))
             index, misses = index + 1, misses + 1
             if _is_held_out(question.text) and question.text not in seen:
                 seen.add(question.text)

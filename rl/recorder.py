@@ -1,4 +1,4 @@
-"""This file writes the run directory: one JSON object per line and moment, whole files atomically, for people and pandas."""
+"""This file writes the run directory: a JSON object per line and moment, whole files atomically, for people and pandas."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
+
+from rl.evaluation import Evaluation
 from rl.metrics import Metrics, values
 from rl.trajectory import Group
 
@@ -95,9 +98,9 @@ class Recorder:
         """One line of metrics.jsonl per optimizer step."""
         self._append("metrics.jsonl", {"step": step, "time": time.time(), **values(metrics)})
 
-    def evaluation(self, row: Mapping[str, Any]) -> None:
+    def evaluation(self, evaluation: Evaluation) -> None:
         """One line of evaluations.jsonl."""
-        self._append("evaluations.jsonl", {"time": time.time(), **row})
+        self._append("evaluations.jsonl", {"time": time.time(), **msgspec.to_builtins(evaluation)})
 
     def ledger(self, step: int, version: int, group_ids: Iterable[str]) -> None:
         """Write down, durably and before the optimizer moves, which groups step `step` trains on."""

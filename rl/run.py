@@ -82,7 +82,6 @@ class Plan:
     max_lag: int
     max_canary_gap: float
     start_step: int
-    first_draw: int
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,6 @@ class Run:
         self.sampling_version = plan.start_step
         self.stop_requested = asyncio.Event()
         self._crew = Crew()
-        self._draws = plan.first_draw
         self._engines = asyncio.Lock()  # held while weights change, or must not
         self._changed = asyncio.Event()  # a group came back, a version arrived, payloads left the buffer
         self._published = asyncio.Event()
@@ -121,9 +119,7 @@ class Run:
         self._evaluation_due = asyncio.Event()
         self._last_evaluation: Evaluation | None = None
         self._uncommitted: list[tuple[int, tuple[str, ...]]] = []
-        self._ledger = {
-            step: groups for step, groups in parts.recorder.read_ledger().items() if step > plan.start_step
-        }
+        self._ledger = {step: groups for step, groups in parts.recorder.read_ledger().items() if step > plan.start_step}
 
     async def main(self) -> str:
         """Train until the end; returns "finished" or "stopped". Whatever fails first is raised."""
@@ -160,8 +156,7 @@ class Run:
         choice = self.parts.curriculum.draw(self.sampling_version)
         prompt = self.parts.prompts.next(choice.source, choice.level)
         self.parts.gate.admit()
-        number, self._draws = self._draws, self._draws + 1
-        await self.parts.buffer.admit()
+        number = await self.parts.buffer.admit()
         key = f"{self.plan.run.seed}/{number}"
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big") >> 1
         return Draw(group_id=f"{self.plan.run_id}/{number:08d}", draw=number, prompt=prompt, seed=seed)
@@ -348,12 +343,12 @@ class Run:
         ]
         async with self._engines:
             version = self.sampling_version
-            graded = await parts.generators.evaluate(prompts, plan.temperature, self.plan.run.seed)
-        seen = {version for answer in graded for version in answer.versions}
-        assert seen <= {version}, f"an evaluation at version {version} saw versions {sorted(seen)}"
-        evaluation = summarise(graded, step=version, version=version)
+            work = parts.generators.evaluate(prompts, plan.temperature, self.plan.run.seed)
+            what = f"{len(prompts)} held-out answers"
+            graded = await within(work, self.plan.deadlines.group_deadline_s, what, "the generators")
+        evaluation = summarise(self.step, version, graded)
         self._last_evaluation = evaluation
-        parts.recorder.evaluation(evaluation.as_row())
+        parts.recorder.evaluation(evaluation)
         parts.progress.evaluation(evaluation)
         self._changed.set()
         return evaluation
@@ -392,6 +387,6 @@ class Run:
         await within(delivered, plan.deadlines.update_deadline_s, "the last weights", "the generators")
         self._evaluation_due.clear()
         await self._evaluate_now()
-        await parts.buffer.drop_unleased("surplus")
+        await parts.buffer.drop_buffered("surplus")
         counts = await parts.buffer.stats()
         check_balance(counts, parts.gate.running)

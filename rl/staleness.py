@@ -1,4 +1,4 @@
-"""This file bounds how old what the learner trains on may be: the Gate that admits draws, and the check at consumption."""
+"""This file bounds how old a trained group may be: the Gate that admits draws, and the check at consumption."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rl.metrics import Metrics
 
 if TYPE_CHECKING:
-    from rl.evaluation import Evaluation
+    from rl.evaluation import Evaluation, Score
 
 RECENT_STEPS = 10
 
@@ -43,7 +43,7 @@ class TerminalProgress:
 
         self._step_seconds = [*self._step_seconds, read("time/step/s")][-RECENT_STEPS:]
         left = (self._steps - step) * sum(self._step_seconds) / len(self._step_seconds)
-        held_out = _percent(evaluation.overall.mean) if evaluation else "  -"
+        held_out = _percent(evaluation.overall.mean) if evaluation and evaluation.overall.mean is not None else "  -"
         self.note(
             f"step [bold]{step:>4}[/bold]/{self._steps}  reward {read('reward/mean'):.2f}  held-out {held_out}  "
             f"lag {read('policy/lag_mean/versions'):.1f} (max {read('policy/lag_max/versions'):.0f})  "
@@ -57,16 +57,15 @@ class TerminalProgress:
         table = Table(title=f"held-out, policy version {evaluation.version}", title_justify="left")
         for heading in ("source", "level", "score", "95% interval", "prompts"):
             table.add_column(heading, justify="left" if heading in ("source", "level") else "right")
-        for score in evaluation.scores:
-            table.add_row(
-                score.source,
-                score.level,
-                f"{score.mean:.1%}",
-                f"{score.low:.1%} - {score.high:.1%}",
-                str(score.count),
-            )
-        overall = evaluation.overall
-        table.add_row(
-            "[bold]all[/bold]", "", f"{overall.mean:.1%}", f"{overall.low:.1%} - {overall.high:.1%}", str(overall.count)
-        )
+        for level in evaluation.scores:
+            table.add_row(level.source, level.level, *_score_cells(level.score))
+        table.add_row("[bold]all[/bold]", "", *_score_cells(evaluation.overall))
         self._console.print(table)
+
+
+def _score_cells(score: Score) -> tuple[str, str, str]:
+    """Mean, interval and number of prompts; dashes where nothing could be judged."""
+    if score.mean is None:
+        return "-", "-", f"{score.total}"
+    interval = f"{score.low:.1%} - {score.high:.1%}" if score.low is not None else "-"
+    return f"{score.mean:.1%}", interval, f"{score.total}"

@@ -14,7 +14,9 @@ class WaitExpired(RuntimeError):
 
     def __init__(self, what: str, whom: str, seconds: float) -> None:
         peer = f" from {whom}" if whom else ""
-        super().__init__(f"waited {seconds:.0f} s for {what}{peer}, which is the deadline; see logs/ of the run for the peer")
+        super().__init__(
+            f"waited {seconds:.0f} s for {what}{peer}, which is the deadline; see logs/ of the run for the peer"
+        )
         self.what = what
         self.whom = whom
         self.seconds = seconds

@@ -18,7 +18,7 @@ class WeightUpdateError(RuntimeError):
 
 
 class TensorDigest(msgspec.Struct, frozen=True):
-    """One parameter as it travels: Hugging Face name, dtype as torch spells it ("bfloat16"), and digest of its bytes."""
+    """One parameter as it travels: Hugging Face name, dtype in torch's words ("bfloat16"), digest of its bytes."""
 
     name: str
     dtype: str
@@ -98,7 +98,7 @@ def verify_tensors(
     received: Iterable[TensorDigest],
     missing: Iterable[str] = (),
 ) -> None:
-    """Raise WeightUpdateError, naming the parameters, unless exactly what was sent was received and nothing is missing."""
+    """Raise WeightUpdateError, naming parameters, unless what was sent is what was received and nothing is missing."""
     sent_by_name = {tensor.name: tensor for tensor in sent}
     received_by_name = {tensor.name: tensor for tensor in received}
     lost = sorted(sent_by_name.keys() - received_by_name.keys())

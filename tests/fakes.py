@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pathlib
 import random
 from collections.abc import Sequence
@@ -126,7 +127,7 @@ class FakePrompts:
 class FakeGenerators:
     """Engines that answer at once, in a seeded random order, at the version they were last given.
 
-    rewards decides a group's rewards from its draw number; fail_at raises at that draw; corrupt alters received digests.
+    rewards decides a group's rewards from its draw number; fail_at raises at that draw; corrupt alters digests.
     """
 
     def __init__(self, buffer: Buffer, rewards=lambda draw: (0.0, 1.0), fail_at: int | None = None) -> None:
@@ -236,8 +237,9 @@ class FakeLearners:
         )
 
     async def save(self, folder: str) -> None:
-        pathlib.Path(folder).mkdir(parents=True)
-        (pathlib.Path(folder) / "weights").write_text(str(self.version))
+        os.makedirs(folder)
+        with open(os.path.join(folder, "weights"), "w") as file:  # noqa: ASYNC230
+            file.write(str(self.version))
 
 
 class SilentProgress:
@@ -273,7 +275,6 @@ def make_run(
         max_lag=max_lag,
         max_canary_gap=0.1,
         start_step=start_step,
-        first_draw=0,
     )
     parts = Parts(
         prompts=FakePrompts(),

@@ -3,7 +3,7 @@
 import pytest
 
 from rl.accounting import RewardWatch, StepAccount, check_balance
-from rl.buffer import Amount, BufferStats
+from rl.buffer import BufferStats
 from rl.metrics import values
 from rl.orders import Draw, StepReport
 from rl.trajectory import DROP_REASONS
@@ -11,15 +11,19 @@ from tests.fakes import make_group, make_prompt, make_report
 
 
 def counts(drawn=4, buffered=1, leased=1, trained=1, sampled=None):
-    nothing = dict.fromkeys(DROP_REASONS, Amount())
     placed = buffered + leased + trained
     return BufferStats(
         drawn=drawn,
         sampled_tokens=10 * placed if sampled is None else sampled,
-        buffered=Amount(buffered, 10 * buffered, 100 * buffered),
-        leased=Amount(leased, 10 * leased, 100 * leased),
-        trained=Amount(trained, 10 * trained, 100 * trained),
-        dropped=nothing,
+        buffered_groups=buffered,
+        buffered_tokens=10 * buffered,
+        buffered_bytes=100 * buffered,
+        leased_groups=leased,
+        leased_tokens=10 * leased,
+        leased_bytes=100 * leased,
+        trained_groups=trained,
+        trained_tokens=10 * trained,
+        dropped=dict.fromkeys(DROP_REASONS, (0, 0)),
         oldest_age_s=0.0,
     )
 

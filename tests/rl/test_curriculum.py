@@ -1,3 +1,5 @@
+"""This file tests that the curriculum follows what is learnable, keeps its shares and floors, and repeats itself."""
+
 from __future__ import annotations
 
 import json
@@ -197,10 +199,28 @@ def test_groups_without_signal_stop_the_run_with_the_pass_rates() -> None:
     curriculum.check_signal(groups_per_step=4)
 
 
+def test_a_hopeless_level_is_probed_again_when_its_evidence_has_faded() -> None:
+    drawn = {}
+    for version in (0, 60):
+        curriculum = curriculum_over({"sums": ("easy", "hopeless")}, CurriculumSection(exploration_fraction=0))
+        for _ in range(10):
+            curriculum.observe("sums", "easy", 0.5, True, 0)
+            curriculum.observe("sums", "hopeless", 0.0, False, 0)
+        drawn[version] = sum(curriculum.draw(version).level == "hopeless" for _ in range(100))
+    assert drawn[0] == 0 and drawn[60] > 20
+
+
 def test_a_failed_judgement_is_no_evidence() -> None:
     curriculum = curriculum_over({"sums": ("a",)})
     curriculum.observe("sums", "a", None, False, 0)
     assert curriculum.pass_rates() == {"sums": {}}
+
+
+def test_a_mean_reward_outside_zero_to_one_counts_as_the_nearer_end() -> None:
+    curriculum = curriculum_over({"sums": ("a", "b")})
+    curriculum.observe("sums", "a", 1.7, True, 0)
+    curriculum.observe("sums", "b", -0.2, True, 0)
+    assert curriculum.pass_rates() == {"sums": {"a": 1.0, "b": 0.0}}
 
 
 def test_metrics_show_beliefs_and_draws_of_every_level() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -73,10 +74,8 @@ def test_it_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     )
     parent = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, timeout=60)
     assert parent.returncode == -signal.SIGKILL
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):  # gone already
         psutil.Process(int(parent.stdout)).wait(timeout=30)
-    except psutil.NoSuchProcess:
-        pass  # gone already
     EmbeddedRedis.start(tmp_path).stop()  # the directory is free again
 
 

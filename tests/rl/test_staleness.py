@@ -1,3 +1,5 @@
+"""This file tests the bound of the lag, over random interleavings."""
+
 from __future__ import annotations
 
 import pytest

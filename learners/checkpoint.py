@@ -1,0 +1,161 @@
+"""This file keeps a policy on disk: sharded state that any number of ranks can load, and a Hugging Face export.
+
+Both are written under a temporary name and renamed when complete: what an interrupted write leaves is never taken for
+a checkpoint, and the one before it stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import PreTrainedModel
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+SLACK_BYTES = 1 << 20  # headers and metadata
+
+
+def save_state(directory: str, model: PreTrainedModel, optimizer: torch.optim.AdamW, steps_done: int) -> None:
+    """Write weights, optimizer moments, step count and random state. A collective; replaces `directory` if it exists.
+
+    Raises:
+        OSError: the disk cannot hold it (errno ENOSPC): with the path, what is needed, what is free.
+    """
+    state = _state(model, optimizer, steps_done)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    with _replacing(directory, 3 * weights, everyone=True) as partial:
+        dcp.save(state, checkpoint_id=partial)
+
+
+def load_state(directory: str, model: PreTrainedModel, optimizer: torch.optim.AdamW) -> int:
+    """Read what save_state wrote, whatever the number of ranks that wrote it; returns the step count. A collective.
+
+    Raises ValueError where there is no complete checkpoint, or one of another model.
+    """
+    if not os.path.isfile(os.path.join(directory, ".metadata")):
+        raise ValueError(f"{directory} holds no complete checkpoint; name a directory under checkpoints/ that does")
+    state = _state(model, optimizer, steps_done=0)
+    try:
+        dcp.load(state, checkpoint_id=directory)
+    except CheckpointException as error:
+        raise ValueError(
+            f"the checkpoint {directory} does not fit this model ({_root_cause(error)}); "
+            "resume with the model.path that the run was started with"
+        ) from error
+    for moments in optimizer.state.values():
+        moments["step"].copy_(state["steps_done"])
+    torch.set_rng_state(state["random_state"])
+    return int(state["steps_done"])
+
+
+def export_model(directory: str, model_dir: str, tensors: dict[str, Tensor]) -> None:
+    """Write a Hugging Face directory: these weights, and configuration and tokenizer of the model they started from.
+
+    Read back and compared before it gets its name. One process does this. Raises OSError as save_state does.
+    """
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with _replacing(directory, needed, everyone=False) as partial:
+        shutil.copytree(model_dir, partial, ignore=shutil.ignore_patterns(*WEIGHT_FILES), dirs_exist_ok=True)
+        _set_dtype(pathlib.Path(partial, "config.json"), next(iter(tensors.values())).dtype)
+        weights = os.path.join(partial, "model.safetensors")
+        save_file(tensors, weights, metadata={"format": "pt"})
+        reloaded = load_file(weights)
+        different = [name for name in tensors if name not in reloaded or not torch.equal(tensors[name], reloaded[name])]
+        if different or len(reloaded) != len(tensors):
+            raise OSError(f"{weights} does not read back as it was written: {', '.join(different[:5])}; check the disk")
+
+
+def _state(model: PreTrainedModel, optimizer: torch.optim.AdamW, steps_done: int) -> dict[str, Any]:
+    """Names to tensors. Loading fills these tensors in place, so that they are the live ones, sharded as they are."""
+    parameters = dict(model.named_parameters())
+    return {
+        "model": {name: parameter.detach() for name, parameter in parameters.items()},
+        "exp_avg": {name: optimizer.state[parameter]["exp_avg"] for name, parameter in parameters.items()},
+        "exp_avg_sq": {name: optimizer.state[parameter]["exp_avg_sq"] for name, parameter in parameters.items()},
+        "steps_done": torch.tensor(steps_done),
+        "random_state": torch.get_rng_state(),
+    }
+
+
+@contextlib.contextmanager
+def _replacing(directory: str, needed: int, everyone: bool) -> Iterator[str]:
+    """A temporary directory that takes the place of `directory` at the end, if all went well.
+
+    everyone: all ranks are in here; one of them creates, renames and removes, and they fail together.
+    """
+    partial = f"{directory}.partial"
+    leads = not everyone or dist.get_rank() == 0
+    if leads:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+    free = shutil.disk_usage(_existing(directory)).free
+    full = free < needed + SLACK_BYTES
+    if everyone:
+        full = _any_rank(full)
+    try:
+        if full:
+            raise OSError(errno.ENOSPC, "no space left")
+        yield partial
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        if leads:
+            shutil.rmtree(partial, ignore_errors=True)
+        if _is_full(error):
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk is full: a checkpoint needs {needed:,} bytes, free were {free:,}; nothing was replaced. "
+                "Free some space, or point run.dir at another disk",
+                directory,
+            ) from error
+        if isinstance(error, CheckpointException):  # a BaseException, which would pass every handler above us
+            raise RuntimeError(f"the checkpoint {directory} could not be written: {_root_cause(error)}") from error
+        raise
+    if leads:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.rename(partial, directory)
+    if everyone:
+        dist.barrier()
+
+
+def _existing(directory: str) -> pathlib.Path:
+    """The directory, or the nearest one above it that exists."""
+    path = pathlib.Path(directory).absolute()
+    return next(candidate for candidate in (path, *path.parents) if candidate.exists())
+
+
+def _any_rank(mine: bool) -> bool:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flag = torch.tensor(int(mine), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _is_full(error: BaseException) -> bool:
+    return getattr(_root_cause(error), "errno", None) == errno.ENOSPC or "No space left" in str(_root_cause(error))
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """What went wrong on the first rank that failed; torch wraps it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return next(iter(error.failures.values()))[0]
+    return error.__cause__ or error.__context__ or error
+
+
+def _set_dtype(config: pathlib.Path, dtype: torch.dtype) -> None:
+    """Make the exported configuration name the dtype of the exported weights."""
+    settings = json.loads(config.read_text())
+    settings.pop("torch_dtype", None)
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,244 @@
+"""This file is one learner rank: it trains on leased groups, publishes policy versions, and keeps checkpoints.
+
+Every public method is a collective: all ranks call the same ones in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from learners import batcher, checkpoint, optimizer, weight_sender
+from learners.algorithms import find_algorithm
+from learners.losses import Tokens
+from learners.model import join_ranks, load_policy, score_sequence
+from learners.policy_health import TokenFacts, gather_facts, health
+from learners.stopwatch import Stopwatch
+from rl.config import AlgorithmSection, LearnerSection
+from rl.metrics import Metrics, last, mean
+from rl.orders import StepOrder, StepReport
+from rl.trajectory import Group, GroupEntry
+from rl.weights import WeightUpdate, combined, digest_of
+
+Fetch = Callable[[Sequence[str]], list[Group]]
+
+
+class LearnerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank is told once.
+
+    model_dir is a local Hugging Face directory. rendezvous is a torch.distributed init method. max_tokens is the
+    longest completion. canary_token_ids (two or more) is the sequence both sides score after a weight update. node
+    names this machine in WeightUpdate. deadline_s bounds every collective.
+    """
+
+    run_id: str
+    model_dir: str
+    device: Literal["cpu", "cuda"]
+    rendezvous: str
+    temperature: float
+    max_tokens: int
+    canary_token_ids: tuple[int, ...]
+    node: str
+    threads: int
+    deadline_s: float
+    learner: LearnerSection
+    algorithm: AlgorithmSection
+
+
+class Learner:
+    """One rank. fetch gets the groups of the given ids, in that order."""
+
+    def __init__(
+        self,
+        settings: LearnerSettings,
+        rank: int,
+        world_size: int,
+        fetch: Fetch,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Load the model and join the other ranks. dtype, for tests, replaces both master and compute dtype."""
+        assert len(settings.canary_token_ids) >= 2, "the first token of a canary has no log-probability"
+        torch.set_num_threads(settings.threads)
+        self._settings = settings
+        self._rank = rank
+        self._world_size = world_size
+        self._fetch = fetch
+        self._algorithm = find_algorithm(settings.algorithm.name)
+        self._joined = join_ranks(settings.rendezvous, rank, world_size, settings.device, settings.deadline_s)
+        self._device = torch.device(settings.device, torch.cuda.current_device() if settings.device == "cuda" else None)
+        self._compute_dtype = dtype or getattr(torch, settings.learner.compute_dtype)
+        self.policy = load_policy(settings.model_dir, settings.device, dtype or torch.float32, self._compute_dtype)
+        options = settings.learner
+        self._optimizer = optimizer.adamw(self.policy.parameters(), options.betas, options.weight_decay)
+        num_bytes = sum(parameter.numel() for parameter in self.policy.parameters()) * self._compute_dtype.itemsize
+        self._files = weight_sender.SharedMemoryFiles(settings.run_id, num_bytes)
+        self._stopwatch = Stopwatch(settings.device)
+        self._steps_done = 0
+        self._moved = False
+
+    def step(self, order: StepOrder) -> StepReport:
+        """One optimizer step on a batch. The metrics cover all ranks and come from rank 0; the others report none.
+
+        seconds covers everything since the last report, publishing and checkpoints included.
+
+        Raises ValueError for the first step's gate, a payload that is not what its entry promised, or a batch with
+        nothing to train on; NonFiniteGradient. The weights have not moved then.
+        """
+        options = self._settings.learner
+        max_tokens = self._settings.max_tokens
+        plan = batcher.plan_batch(order.entries, self._world_size, options.micro_batch_tokens, max_tokens)
+        with self._stopwatch.measure("fetch"):
+            groups = self._fetch_mine(order.entries, plan)
+        metrics = self.accumulate_gradient(order, plan, groups)
+        with self._stopwatch.measure("step"):
+            grad_norm = optimizer.clip_gradients(self.policy.parameters(), options.max_grad_norm)
+            lr = optimizer.warmed_up(options.lr, self._steps_done, options.warmup_steps)
+            optimizer.apply_step(self._optimizer, lr)
+        self._steps_done += 1
+        self._moved = lr > 0 and grad_norm > 0
+        metrics |= {"learner/grad_norm": mean(grad_norm), "learner/lr": last(lr)}
+        return StepReport(
+            step=order.step,
+            version=order.version + 1,
+            metrics=metrics if self._rank == 0 else {},
+            batch_digest=self._batch_digest(len(order.entries), groups),
+            num_tokens=plan.size.num_tokens,
+            seconds=self._stopwatch.take(),
+        )
+
+    def accumulate_gradient(self, order: StepOrder, plan: batcher.BatchPlan, groups: dict[int, Group]) -> Metrics:
+        """Forward and backward of this rank's micro-batches; leaves the batch's gradient, summed over ranks, in place.
+
+        groups are this rank's, by their index in the order. Raises ValueError where the first step's gate closes.
+        """
+        normaliser = self._algorithm.normaliser(plan.size)
+        facts, num_padded, num_packed = [], 0, 0
+        for indices in plan.micro_batches[self._rank]:
+            with self._stopwatch.measure("pack"):
+                mine = [groups[index] for index in indices]
+                packed = batcher.pack(mine, self._algorithm.advantage, order.version).to(self._device)
+            with self._stopwatch.measure("forward"):
+                loss, found = self._forward(packed)
+            with self._stopwatch.measure("backward"):
+                (loss / normaliser).backward()
+            facts.append(found)
+            num_padded += packed.ids_BL.numel()
+            num_packed += packed.num_real
+        with self._stopwatch.measure("gather_metrics"):
+            batch_facts = gather_facts(facts, plan.rank_tokens)
+        if order.first:
+            self._first_step_gate(batch_facts, order.version)
+        return health(batch_facts) | {"learner/padding_fraction": mean(1 - num_packed / num_padded, num_padded)}
+
+    def publish(self, version: int) -> WeightUpdate | None:
+        """Gather the weights and put them into shared memory as this version. Rank 0 describes it; others give None."""
+        with self._stopwatch.measure("gather"):
+            tensors = self._whole_weights()
+        with self._stopwatch.measure("canary"):
+            canary_logprobs = score_sequence(self.policy, self._settings.canary_token_ids)
+        if self._rank != 0:
+            return None
+        with self._stopwatch.measure("send"):
+            digests = weight_sender.digest_tensors(tensors)
+            path = self._files.write(version, tensors)
+        return WeightUpdate(
+            version=version,
+            backend="shared_memory",
+            tensors=digests,
+            digest=combined(digests),
+            canary_token_ids=self._settings.canary_token_ids,
+            canary_logprobs=canary_logprobs,
+            path=path,
+            node=self._settings.node,
+            num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+            moved=self._moved,
+        )
+
+    def save(self, directory: str) -> None:
+        """Write a sharded checkpoint that any number of ranks can load. Raises OSError on a full disk."""
+        with self._stopwatch.measure("checkpoint"):
+            checkpoint.save_state(directory, self.policy.model, self._optimizer, self._steps_done)
+
+    def load(self, directory: str) -> None:
+        """Continue from a checkpoint. Raises ValueError where it is incomplete or of another model."""
+        with self._stopwatch.measure("checkpoint"):
+            self._steps_done = checkpoint.load_state(directory, self.policy.model, self._optimizer)
+
+    def export(self, directory: str) -> None:
+        """Write the policy as a Hugging Face directory, verified by reading it back. Raises OSError on a full disk."""
+        with self._stopwatch.measure("checkpoint"):
+            tensors = self._whole_weights()
+            if self._rank == 0:
+                checkpoint.export_model(directory, self._settings.model_dir, tensors)
+
+    def close(self) -> None:
+        """Remove this run's files from shared memory and leave the process group, if this learner entered it."""
+        if self._rank == 0:
+            self._files.remove()
+        if self._joined:
+            dist.destroy_process_group()
+            self._joined = False
+
+    def _fetch_mine(self, entries: Sequence[GroupEntry], plan: batcher.BatchPlan) -> dict[int, Group]:
+        wanted = sorted(index for indices in plan.micro_batches[self._rank] for index in indices)
+        groups = self._fetch([entries[index].group_id for index in wanted]) if wanted else []
+        for index, group in zip(wanted, groups, strict=True):
+            batcher.check_payload(entries[index], group)
+        return dict(zip(wanted, groups, strict=True))
+
+    def _forward(self, packed: batcher.MicroBatch) -> tuple[Tensor, TokenFacts]:
+        """The summed loss of a micro-batch, and what is kept of its tokens."""
+        logprobs_N, entropy_N = self.policy(
+            packed.ids_BL,
+            packed.positions_BL,
+            packed.mask_B1LL,
+            packed.source_N,
+            packed.targets_N,
+            self._settings.temperature,
+        )
+        tokens = Tokens(logprobs_N.double(), packed.behaviour_N, packed.advantages_N)
+        losses = self._algorithm.loss(tokens, self._settings.algorithm.ratio_cap)
+        facts = TokenFacts(
+            logprobs_N=tokens.logprobs_N.detach(),
+            behaviour_N=packed.behaviour_N,
+            entropy_N=entropy_N.double(),
+            lags_N=packed.lags_N,
+            advantages_N=packed.advantages_N,
+            clipped_N=losses.clipped_N.double(),
+        )
+        return losses.loss_N.sum(), facts
+
+    def _first_step_gate(self, facts: TokenFacts, version: int) -> None:
+        gap, allowed = facts.current_gap(), self._settings.learner.max_logprob_gap
+        if gap is not None and not gap <= allowed:
+            raise ValueError(
+                f"before the first optimizer step, learner and engine disagree by {gap:.4f} nats per token on what "
+                f"version {version} sampled; allowed are {allowed} (learner.max_logprob_gap). Importance weights would "
+                "be wrong, so nothing was trained. See that both load the same model.path in the same dtype, and that "
+                "the engine reports log-probabilities at rollout.temperature"
+            )
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        """All weights in the compute dtype on rank 0; nothing on the others."""
+        return dict(weight_sender.gather_weights(self.policy.model, self._compute_dtype, keep=self._rank == 0))
+
+    def _batch_digest(self, num_groups: int, groups: dict[int, Group]) -> str:
+        """A digest of all that the gradient depends on, over all ranks: prompts, answers, log-probs, versions, rewards.
+
+        Group ids carry the run's and stay out: two runs of one seed that train on the same have the same digest.
+        """
+        digests = torch.zeros(num_groups, 2, dtype=torch.int64, device=self._device)
+        for index, group in groups.items():
+            answers = [
+                (t.reward, t.completion.token_ids, t.completion.logprobs, t.completion.spans)
+                for t in group.trajectories
+            ]
+            content = msgspec.msgpack.encode((group.prompt.token_ids, answers))
+            digests[index] = torch.frombuffer(bytearray.fromhex(digest_of(content)), dtype=torch.int64)
+        dist.all_reduce(digests)  # every group is one rank's, so the sum is a union
+        return digest_of(digests.cpu().numpy().tobytes())

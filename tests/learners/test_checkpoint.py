@@ -1,0 +1,184 @@
+"""This file tests learners/checkpoint.py through the learner: resume, another number of ranks, export, a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from learners import checkpoint
+from tests.learners.tiny import (
+    make_learner,
+    order_of,
+    random_group,
+    run_ranks,
+    save_tiny_llama,
+    settings_for,
+    weights_of,
+)
+
+GROUPS = [random_group(index) for index in range(4)]
+
+
+@pytest.fixture
+def model_of_two_layers(tmp_path):
+    return save_tiny_llama(tmp_path / "model")
+
+
+@pytest.fixture
+def learner(model_of_two_layers, tmp_path):
+    made = make_learner(settings_for(model_of_two_layers, tmp_path / "ranks", warmup_steps=4), GROUPS, dtype=None)
+    yield made
+    made.close()
+
+
+def train_and_save(rank, world_size, model_dir, folder):
+    """Two steps, a checkpoint, a third step; runs in a process of its own."""
+    settings = settings_for(model_dir, pathlib.Path(folder), warmup_steps=4)
+    learner = make_learner(settings, GROUPS, rank, world_size)
+    for step in (1, 2):
+        learner.step(order_of(GROUPS, step=step))
+    learner.save(f"{folder}/step_2")
+    learner.step(order_of(GROUPS, step=3))
+    weights = weights_of(learner)
+    if rank == 0:
+        torch.save(weights, f"{folder}/step_3.pt")
+    learner.close()
+
+
+def test_two_ranks_save_and_one_goes_on_as_if_nothing_had_happened(model_of_two_layers, tmp_path):
+    folder = tmp_path / "two"
+    run_ranks(train_and_save, 2, model_of_two_layers, str(folder))
+    settings = settings_for(model_of_two_layers, tmp_path / "one", warmup_steps=4)
+    learner = make_learner(settings, GROUPS)
+    try:
+        learner.load(str(folder / "step_2"))
+        learner.step(order_of(GROUPS, step=3))
+        torch.testing.assert_close(weights_of(learner), torch.load(folder / "step_3.pt"), rtol=1e-9, atol=1e-12)
+    finally:
+        learner.close()
+
+
+def test_a_loaded_learner_makes_the_very_steps_that_the_saved_one_made(learner, tmp_path):
+    learner.step(order_of(GROUPS))
+    learner.save(str(tmp_path / "step_1"))
+    learner.step(order_of(GROUPS, step=2))
+    expected = weights_of(learner)
+    learner.load(str(tmp_path / "step_1"))
+    assert learner.step(order_of(GROUPS, step=2)).metrics["learner/lr"].value == pytest.approx(1e-2 / 2)
+    torch.testing.assert_close(weights_of(learner), expected, rtol=0, atol=0)
+
+
+def test_publishing_between_steps_does_not_disturb_what_is_saved(learner, tmp_path):
+    learner.step(order_of(GROUPS))
+    before = weights_of(learner)
+    learner.publish(1)
+    learner.save(str(tmp_path / "step_1"))
+    learner.step(order_of(GROUPS, step=2))
+    learner.load(str(tmp_path / "step_1"))
+    torch.testing.assert_close(weights_of(learner), before, rtol=0, atol=0)
+
+
+def test_an_interrupted_write_is_not_a_checkpoint_and_the_next_write_replaces_it(learner, tmp_path):
+    target = tmp_path / "step_1"
+    (tmp_path / "step_1.partial").mkdir()
+    (tmp_path / "step_1.partial" / "__0_0.distcp").write_bytes(b"half")
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        learner.load(str(target))
+    learner.save(str(target))
+    learner.save(str(target))
+    assert sorted(path.name for path in tmp_path.iterdir() if "step" in path.name) == ["step_1"]
+    learner.load(str(target))
+
+
+def test_a_checkpoint_of_another_model_is_refused(learner, tmp_path):
+    learner.save(str(tmp_path / "step_1"))
+    learner.close()
+    other = save_tiny_llama(tmp_path / "other", tied=False)
+    wider = make_learner(settings_for(other, tmp_path / "again"), GROUPS, dtype=None)
+    try:
+        with pytest.raises(ValueError, match="does not fit this model"):
+            wider.load(str(tmp_path / "step_1"))
+    finally:
+        wider.close()
+
+
+def test_an_export_reloads_with_transformers_and_holds_the_learners_weights(learner, model_of_two_layers, tmp_path):
+    pathlib.Path(model_of_two_layers, "tokenizer.json").write_text("{}")
+    learner.step(order_of(GROUPS))
+    learner.export(str(tmp_path / "export"))
+    assert (tmp_path / "export" / "tokenizer.json").exists()
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["dtype"] == "bfloat16"
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.bfloat16
+    for name, weight in weights_of(learner).items():
+        assert torch.equal(dict(model.named_parameters())[name], weight.bfloat16()), name
+
+
+def test_an_export_that_reads_back_differently_is_an_error_and_does_not_get_its_name(
+    model_of_two_layers, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "load_file", lambda path: {"a": torch.zeros(2)})
+    with pytest.raises(OSError, match="does not read back as it was written: a"):
+        checkpoint.export_model(str(tmp_path / "export"), model_of_two_layers, {"a": torch.ones(2)})
+    assert not (tmp_path / "export").exists() and not (tmp_path / "export.partial").exists()
+
+
+def test_a_disk_known_to_be_too_full_is_refused_before_a_byte_is_written(learner, tmp_path, monkeypatch):
+    learner.save(str(tmp_path / "step_1"))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 4096))
+    for write in (learner.save, learner.export):
+        with pytest.raises(OSError, match=r"needs [\d,]+ bytes, free were 4,096.*step_2") as caught:
+            write(str(tmp_path / "step_2"))
+        assert caught.value.errno == errno.ENOSPC
+    assert sorted(path.name for path in tmp_path.iterdir() if "step" in path.name) == ["step_1"]
+    learner.load(str(tmp_path / "step_1"))
+
+
+def save_on_a_full_disk(model_dir: str, disk: str) -> None:
+    """Runs in a namespace where `disk` is a tmpfs of 2 MiB that lies about its free space."""
+    folder = pathlib.Path(disk).parent
+    learner = make_learner(settings_for(model_dir, folder / "ranks"), GROUPS, dtype=None)
+    learner.save(f"{disk}/step_1")
+    with open(f"{disk}/filler", "wb", buffering=0) as filler:
+        try:
+            while True:
+                filler.write(bytes(4096))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+    checkpoint.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(0, 0, 1 << 40)
+    big = {"a": torch.zeros(1 << 22, dtype=torch.uint8)}  # the configuration fits, the weights do not
+    os.truncate(f"{disk}/filler", os.path.getsize(f"{disk}/filler") - (1 << 16))
+    for write in (learner.save, lambda path: checkpoint.export_model(path, model_dir, big)):
+        try:
+            write(f"{disk}/step_2")
+        except OSError as error:
+            assert error.errno == errno.ENOSPC and "the disk is full" in str(error), error
+        else:
+            raise AssertionError("a full disk took a checkpoint")
+    assert sorted(os.listdir(disk)) == ["filler", "step_1"], os.listdir(disk)
+    learner.load(f"{disk}/step_1")
+    learner.close()
+
+
+def test_a_disk_that_fills_up_during_the_write_leaves_the_previous_checkpoint(model_of_two_layers, tmp_path):
+    """A real ENOSPC, from a 2 MiB tmpfs in a mount namespace of its own; skipped where the kernel forbids those."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    inside = 'mount -t tmpfs -o size=2m none "$1" && exec "$2" -c "$3" "$4" "$1"'
+    code = "import sys; from tests.learners.test_checkpoint import save_on_a_full_disk as f; f(*sys.argv[1:])"
+    enter = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*enter, f"mount -t tmpfs none {disk}"]).returncode:
+        pytest.skip("this machine does not let us mount a small tmpfs")
+    command = [*enter, inside, "sh", str(disk), sys.executable, code, model_of_two_layers]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,261 @@
+"""This file tests learners/learner.py: the same gradient for any split, the gate, what a step reports and publishes."""
+
+from __future__ import annotations
+
+import pathlib
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from learners import batcher
+from learners.optimizer import NonFiniteGradient
+from rl.weights import UpdateReceipt, verify
+from tests.learners.tiny import (
+    gradients_of,
+    make_learner,
+    order_of,
+    random_group,
+    run_ranks,
+    save_tiny_llama,
+    settings_for,
+    weights_of,
+)
+
+GROUPS = [random_group(index, rewards=(0.0, 1.0, None, 0.5)) for index in range(6)]
+
+
+@pytest.fixture
+def model_of_two_layers(tmp_path):
+    return save_tiny_llama(tmp_path / "model")
+
+
+@pytest.fixture
+def learner_on(model_of_two_layers, tmp_path):
+    """Makes learners, one after another, and closes them."""
+    made = []
+
+    def make(groups=GROUPS, dtype=torch.float64, algorithm="cispo", **options):
+        while made:
+            made.pop().close()
+        settings = settings_for(model_of_two_layers, tmp_path / "ranks", algorithm, **options)
+        made.append(make_learner(settings, groups, dtype=dtype))
+        return made[-1]
+
+    yield make
+    while made:
+        made.pop().close()
+
+
+def batch_gradients(learner, groups=GROUPS, rank=0, world_size=1, budget=256):
+    order = order_of(groups)
+    plan = batcher.plan_batch(order.entries, world_size, budget, 9)
+    mine = {index: groups[index] for rows in plan.micro_batches[rank] for index in rows}
+    learner.accumulate_gradient(order, plan, mine)
+    return gradients_of(learner)
+
+
+CASES = {"one micro-batch": (6, 1000), "many micro-batches": (6, 60), "one rank without work": (1, 1000)}
+
+
+def save_rank_gradients(rank, world_size, model_dir, folder):
+    """Runs in a process of its own."""
+    learner = make_learner(settings_for(model_dir, pathlib.Path(folder)), GROUPS, rank, world_size)
+    for case, (count, budget) in CASES.items():
+        found = batch_gradients(learner, GROUPS[:count], rank, world_size, budget)
+        learner.policy.zero_grad()
+        if rank == 0:
+            torch.save(found, f"{folder}/{case}.pt")
+    learner.close()
+
+
+def assert_same(found, expected, relative=1e-9):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0, name
+        assert (found[name] - gradient).norm() <= relative * gradient.norm(), name
+
+
+@pytest.mark.parametrize("budget", [60, 130])
+def test_the_gradient_is_the_same_for_any_micro_batching(learner_on, budget):
+    expected = batch_gradients(learner_on(), budget=1000)
+    assert_same(batch_gradients(learner_on(), budget=budget), expected)
+
+
+def test_the_gradient_is_the_same_for_two_ranks_even_if_one_has_nothing_to_do(
+    learner_on, model_of_two_layers, tmp_path
+):
+    run_ranks(save_rank_gradients, 2, model_of_two_layers, str(tmp_path / "two"))
+    for case, (count, _) in CASES.items():
+        expected = batch_gradients(learner_on(), GROUPS[:count], budget=1000)
+        assert_same(torch.load(tmp_path / "two" / f"{case}.pt"), expected)
+
+
+def test_what_a_failed_trajectory_says_changes_nothing(learner_on):
+    expected = batch_gradients(learner_on())
+    changed = []
+    for group in GROUPS:
+        failed = group.trajectories[2]
+        tokens = tuple(3 + token % 5 for token in failed.completion.token_ids)
+        other = msgspec.structs.replace(failed, completion=msgspec.structs.replace(failed.completion, token_ids=tokens))
+        changed.append(
+            msgspec.structs.replace(group, trajectories=(*group.trajectories[:2], other, *group.trajectories[3:]))
+        )
+    assert_same(batch_gradients(learner_on(changed), changed), expected)
+
+
+def test_the_gradient_is_divided_by_the_scored_tokens_of_the_batch(learner_on):
+    alone = batch_gradients(learner_on(), GROUPS[:1])
+    tokens = [sum(len(t.completion.token_ids) for t in g.trajectories if t.reward is not None) for g in GROUPS[:2]]
+    # a second group without advantage adds tokens to the normaliser and nothing to the sum
+    quiet = msgspec.structs.replace(
+        GROUPS[1],
+        trajectories=tuple(msgspec.structs.replace(t, reward=t.reward and 0.0) for t in GROUPS[1].trajectories),
+    )
+    both = batch_gradients(learner_on([GROUPS[0], quiet]), [GROUPS[0], quiet])
+    scale = tokens[0] / sum(tokens)
+    expected = {name: gradient * scale for name, gradient in alone.items()}
+    assert_same(both, expected, relative=1e-6)  # Llama's norms compute in fp32, where another scale rounds otherwise
+
+
+def test_the_first_step_gate_closes_before_the_weights_move(learner_on):
+    learner = learner_on(max_logprob_gap=0.05)
+    before = weights_of(learner)
+    with pytest.raises(ValueError, match=r"disagree by \d.\d+ nats .* version 1 .*learner.max_logprob_gap"):
+        learner.step(order_of(GROUPS, first=True))
+    torch.testing.assert_close(weights_of(learner), before, rtol=0, atol=0)
+
+
+def scored_by(learner, group):
+    """The group as an engine at the learner's weights and version would have reported it."""
+    packed = batcher.pack([group], lambda rewards: (0.0,) * len(rewards), version=1)
+    tensors = (packed.ids_BL, packed.positions_BL, packed.mask_B1LL, packed.source_N, packed.targets_N)
+    logprobs = learner.policy(*tensors, 0.8)[0].tolist()
+    trajectories = []
+    for trajectory in group.trajectories:
+        count = len(trajectory.completion.token_ids)
+        values, logprobs = tuple(logprobs[:count]), logprobs[count:]
+        completion = msgspec.structs.replace(trajectory.completion, logprobs=values)
+        trajectories.append(msgspec.structs.replace(trajectory, completion=completion))
+    return msgspec.structs.replace(group, trajectories=tuple(trajectories))
+
+
+def test_the_gate_opens_for_an_engine_that_agrees_and_later_steps_have_none(learner_on):
+    scored = [scored_by(learner_on(), group) for group in GROUPS]
+    learner = learner_on(scored)
+    report = learner.step(order_of(scored, first=True))
+    assert report.version == 2 and report.metrics["policy/logprob_gap_max/nats"].value < 1e-9
+    assert report.metrics["policy/effective_sample_fraction"].value == pytest.approx(1.0)
+    learner.step(order_of(scored, step=2))
+
+
+def test_a_log_probability_that_is_not_finite_stops_the_run_before_the_weights_move(learner_on):
+    broken = scored_by(learner_on(), GROUPS[0])
+    completion = broken.trajectories[0].completion
+    completion = msgspec.structs.replace(completion, logprobs=(float("nan"), *completion.logprobs[1:]))
+    first = msgspec.structs.replace(broken.trajectories[0], completion=completion)
+    broken = msgspec.structs.replace(broken, trajectories=(first, *broken.trajectories[1:]))
+    learner = learner_on([broken])
+    before = weights_of(learner)
+    with pytest.raises(NonFiniteGradient):
+        learner.step(order_of([broken]))
+    torch.testing.assert_close(weights_of(learner), before, rtol=0, atol=0)
+
+
+def test_a_step_raises_the_likelihood_of_what_was_better_than_its_siblings(learner_on):
+    group = scored_by(learner_on(), random_group(3, rewards=(1.0, 0.0)))
+    learner = learner_on([group], lr=1e-3)
+    learner.step(order_of([group]))
+    prompt, before = group.prompt.token_ids, [sum(t.completion.logprobs) for t in group.trajectories]
+    after = [sum(t.completion.logprobs) for t in scored_by(learner, group).trajectories]
+    assert len(prompt) and after[0] > before[0] and after[1] < before[1]
+
+
+def test_a_report_counts_tokens_and_seconds_and_its_digest_ignores_the_run_but_not_the_content(learner_on):
+    report = learner_on().step(order_of(GROUPS))
+    scored = sum(len(t.completion.token_ids) for group in GROUPS for t in group.trajectories if t.reward is not None)
+    assert report.num_tokens == report.metrics["learner/trained/tokens"].value == scored
+    assert {"fetch", "pack", "forward", "backward", "step"} <= report.seconds.keys()
+    renamed = [msgspec.structs.replace(group, group_id=f"other-{group.group_id}") for group in GROUPS]
+    assert learner_on(renamed).step(order_of(renamed)).batch_digest == report.batch_digest
+    assert learner_on().step(order_of(GROUPS[::-1])).batch_digest != report.batch_digest
+
+
+def test_two_learners_of_one_seed_end_with_the_same_bits(learner_on):
+    finals = []
+    for _ in range(2):
+        learner = learner_on(dtype=None)
+        for step in (1, 2):
+            learner.step(order_of(GROUPS, step=step))
+        finals.append(weights_of(learner))
+    torch.testing.assert_close(finals[0], finals[1], rtol=0, atol=0)
+
+
+def test_a_published_version_is_what_the_learner_computes_with(learner_on):
+    learner = learner_on(dtype=None)
+    first = learner.publish(1)
+    learner.step(order_of(GROUPS))
+    second = learner.publish(2)
+    assert second.moved and second.digest != first.digest and second.num_bytes > 0
+    tensors = load_file(second.path)
+    assert set(tensors) == {tensor.name for tensor in second.tensors}
+    for name, weight in weights_of(learner).items():
+        assert torch.equal(tensors[name], weight.bfloat16()), name
+    assert len(second.canary_logprobs) == len(second.canary_token_ids) - 1
+    receipt = UpdateReceipt(
+        version=2,
+        tensors=second.tensors,
+        missing=(),
+        canary_logprobs=second.canary_logprobs,
+        seconds={},
+        generator=0,
+    )
+    assert verify(second, receipt, first, 0.1) == 0.0
+    learner.close()
+    assert not pathlib.Path(second.path).exists()
+
+
+def test_a_step_at_learning_rate_zero_says_that_it_did_not_move(learner_on):
+    learner = learner_on(lr=0.0)
+    before = learner.publish(1)
+    learner.step(order_of(GROUPS))
+    after = learner.publish(2)
+    assert not after.moved and after.digest == before.digest
+
+
+@pytest.mark.parametrize("algorithm", ["dr_grpo", "rloo"])
+def test_every_algorithm_of_the_table_makes_a_step(learner_on, algorithm):
+    assert learner_on(algorithm=algorithm).step(order_of(GROUPS)).metrics["learner/grad_norm"].value > 0
+
+
+def test_the_real_model_agrees_with_transformers_on_packed_text(model_dir, tmp_path):
+    """bf16 FSDP with shared prefixes against bf16 transformers, one row per answer: inside the first step's gate."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    chat = [{"role": "user", "content": "What is 3 + 4?"}]
+    prompt = tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    base = random_group(0, rewards=(1.0, 0.0))
+    trajectories = []
+    for trajectory, text in zip(base.trajectories, ["3 + 4 = 7<|im_end|>", "The answer is 8."], strict=True):
+        answer = tuple(tokenizer(text)["input_ids"])
+        with torch.no_grad():
+            logits = plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float() / 0.8
+        logprobs = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+        spans = (msgspec.structs.replace(trajectory.completion.spans[-1], start=0, end=len(answer)),)
+        completion = msgspec.structs.replace(
+            trajectory.completion, token_ids=answer, logprobs=tuple(logprobs), spans=spans
+        )
+        trajectories.append(msgspec.structs.replace(trajectory, completion=completion))
+    group = msgspec.structs.replace(
+        base, prompt=msgspec.structs.replace(base.prompt, token_ids=prompt), trajectories=tuple(trajectories)
+    )
+    learner = make_learner(settings_for(model_dir, tmp_path, lr=1e-5, max_logprob_gap=0.1), [group], dtype=None)
+    try:
+        report = learner.step(order_of([group], first=True))
+        assert report.metrics["policy/logprob_gap_mean/nats"].value < 0.1
+        assert 0 < report.metrics["learner/grad_norm"].value < 1e3
+    finally:
+        learner.close()
