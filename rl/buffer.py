@@ -4,9 +4,9 @@
                         -> drop             -> stale, surplus
 
 A lease belongs to the run and survives the process that took it; only `commit` frees a group's memory, once a
-checkpoint holds the step that learnt from it. At every moment drawn = trained + dropped + leased + buffered + in flight,
-in groups, and the same without in flight in sampled tokens: counters move in the same script as the group itself, so no
-crash can part them. Keys carry the run id, as a hash tag for clusters; nothing is flushed, and nothing expires.
+checkpoint holds the step that learnt from it. At every moment drawn = trained + dropped + leased + buffered + in
+flight, in groups, and the same without in flight in sampled tokens: counters move in the same script as the group
+itself, so no crash can part them. Keys carry the run id, as a hash tag for clusters; nothing is flushed or expires.
 
 Commands are not retried: a lease whose answer was lost would be taken twice. `put`, `drop`, `commit` and `lease_again`
 are idempotent by group id, so a caller may repeat them.
@@ -101,7 +101,7 @@ class Buffer:
     async def connect(cls, url: str, run_id: str, max_bytes: int) -> Buffer:
         """Opens the buffer of `run_id`, new or left by an earlier process. max_bytes caps the payloads not yet leased.
 
-        Raises ValueError (what the server said, and the fix) where it is unreachable, refuses, is too old, or may evict.
+        Raises ValueError (what the server said, and the fix) where it is unreachable, refuses, is old, or may evict.
         """
         assert "}" not in run_id, f"run id {run_id!r} would end its own hash tag"
         buffer = cls(_client(url, redis.asyncio), url, run_id, max_bytes)

@@ -1,7 +1,7 @@
 """This file puts the types of rl/trajectory.py on the wire: msgpack behind a header that tells foreign or torn bytes.
 
-Layout: magic `slip`, one byte of schema, CRC-32 of the body (big-endian), msgpack body. Nothing is ever pickled. A field
-added with a default keeps the schema; anything else that changes the body's meaning raises SCHEMA.
+Layout: magic `slip`, one byte of schema, CRC-32 of the body (big-endian), msgpack body. Nothing is ever pickled. A
+field added with a default keeps the schema; anything else that changes the body's meaning raises SCHEMA.
 """
 
 from __future__ import annotations

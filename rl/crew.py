@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+CANCEL_AGAIN_S = 0.2
 
 
 class Crew:
@@ -50,8 +51,12 @@ class Crew:
                 self._failed.exception()
 
     async def dismiss(self) -> None:
-        """Cancel every task and wait until all have ended."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Cancel every task and wait until all have ended, as long as that takes.
+
+        A cancellation can be lost inside a library that takes it for a time-out of its own (redis-py does), so it is
+        repeated for whoever has not ended.
+        """
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks, timeout=CANCEL_AGAIN_S)

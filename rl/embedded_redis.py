@@ -47,7 +47,7 @@ class EmbeddedRedis:
     def start(cls, directory: str | os.PathLike[str]) -> EmbeddedRedis:
         """Starts a server whose data lives in `directory`, and returns once it answers.
 
-        Raises ValueError where no binary is found, the server refuses to start, or another one still holds the directory.
+        Raises ValueError where there is no binary, the server refuses to start, or another one holds the directory.
         """
         binary = find_binary()
         folder = Path(directory).resolve()

@@ -25,7 +25,7 @@ from typing import Protocol
 
 from rl import run_state
 from rl.accounting import RewardWatch, StepAccount, check_balance
-from rl.buffer import Buffer
+from rl.buffer import Buffer, BufferStats
 from rl.config import CheckpointSection, EvaluationSection, MonitoringSection, RunSection
 from rl.crew import Crew
 from rl.curriculum import Curriculum
@@ -110,6 +110,7 @@ class Run:
         self.sampling_version = plan.start_step
         self.stop_requested = asyncio.Event()
         self._crew = Crew()
+        self._admitted = 0
         self._engines = asyncio.Lock()  # held while weights change, or must not
         self._changed = asyncio.Event()  # a group came back, a version arrived, payloads left the buffer
         self._published = asyncio.Event()
@@ -147,7 +148,7 @@ class Run:
     def _room(self) -> int:
         """Groups that may be drawn now; none beyond what the remaining steps can train on."""
         gate, plan = self.parts.gate, self.plan
-        if plan.max_lag == 0 and (gate.running or self._engines.locked()):
+        if plan.max_lag == 0 and (self._engines.locked() or not gate.round_open(self.sampling_version)):
             return 0
         still_needed = plan.run.steps * plan.groups_per_step - gate.accepted - gate.running
         return min(gate.room(self.sampling_version), still_needed)
@@ -156,6 +157,7 @@ class Run:
         choice = self.parts.curriculum.draw(self.sampling_version)
         prompt = self.parts.prompts.next(choice.source, choice.level)
         self.parts.gate.admit()
+        self._admitted += 1
         number = await self.parts.buffer.admit()
         key = f"{self.plan.run.seed}/{number}"
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big") >> 1
@@ -191,7 +193,7 @@ class Run:
             parts.gate.drop_running()
         scores = [reward for reward in report.rewards if reward is not None]
         pass_rate = sum(scores) / len(scores) if scores else None
-        informative = report.dropped is None
+        informative = len(set(scores)) > 1
         parts.curriculum.observe(report.source, report.level, pass_rate, informative, report.oldest_version)
         parts.account.add(report)
         parts.rewards.observe(report)
@@ -236,9 +238,8 @@ class Run:
 
     async def _record(self, report: StepReport, entries: tuple[GroupEntry, ...]) -> None:
         parts = self.parts
-        counts = await parts.buffer.stats()
-        check_balance(counts, parts.gate.running)
-        sampling = parts.curriculum.metrics() | parts.generators.metrics()
+        counts = await self._balanced_counts()
+        sampling = parts.curriculum.metrics() | parts.prompts.metrics() | parts.generators.metrics()
         sampling["weights/version_behind"] = last(self.step - self.sampling_version)
         metrics = parts.account.close(report, counts, sampling)
         parts.recorder.step(report.step, metrics)
@@ -247,6 +248,13 @@ class Run:
         parts.recorder.rollouts(report.step, await parts.buffer.fetch(shown))
         self._keep_sampling_state()
         parts.progress.step(report.step, metrics, self._last_evaluation)
+
+    async def _balanced_counts(self) -> BufferStats:
+        """Where everything is; raises where something is nowhere. What was admitted while asking may be in flight."""
+        running, admitted = self.parts.gate.running, self._admitted
+        counts = await self.parts.buffer.stats()
+        check_balance(counts, running + self._admitted - admitted)
+        return counts
 
     def _keep_sampling_state(self) -> None:
         state = {"prompts": self.parts.prompts.state_dict(), "curriculum": self.parts.curriculum.state_dict()}
@@ -388,5 +396,4 @@ class Run:
         self._evaluation_due.clear()
         await self._evaluate_now()
         await parts.buffer.drop_buffered("surplus")
-        counts = await parts.buffer.stats()
-        check_balance(counts, parts.gate.running)
+        await self._balanced_counts()

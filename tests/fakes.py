@@ -117,6 +117,9 @@ class FakePrompts:
     def held_out(self, source: str, level: str, count: int) -> list[Prompt]:
         return [make_prompt(source, level, -1 - index) for index in range(count)]
 
+    def metrics(self) -> Metrics:
+        return {"prompts/drawn": last(self.drawn)}
+
     def state_dict(self) -> dict:
         return {"drawn": self.drawn}
 

@@ -63,3 +63,16 @@ async def test_cancelling_the_owner_cancels_every_task():
     with pytest.raises(asyncio.CancelledError):
         await owner
     assert sorted(ended) == ["main", "side"]
+
+
+async def test_a_task_that_loses_a_cancellation_is_cancelled_again():
+    crew = Crew()
+
+    async def deaf_once():
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.Event().wait()
+
+    crew.spawn(deaf_once(), "deaf once")
+    assert await asyncio.wait_for(crew.run(asyncio.sleep(0, "done"), "main"), 10) == "done"

@@ -75,7 +75,7 @@ async def test_a_curriculum_without_signal_stops_the_run_with_the_pass_rates(buf
 
 
 async def test_a_reward_that_keeps_failing_stops_the_run_and_is_named(buffer, tmp_path):
-    run = make_run(tmp_path / "r", buffer, steps=100, rewards=lambda draw: (None, float(draw % 2)))
+    run = make_run(tmp_path / "r", buffer, steps=100, rewards=lambda draw: (None, 0.0, 1.0))
     with pytest.raises(ValueError, match="reward answer failed .* timeout"):
         await run.main()
 
