@@ -58,14 +58,21 @@ class VllmEngine:
         with _environment(_variables(settings)):
             llm = await asyncio.to_thread(AsyncLLM.from_engine_args, _engine_args(settings))
         engine = cls(settings, llm)
-        pids = {pid for pair in await llm.collective_rpc("slipstream_processes") for pid in pair} - {os.getpid()}
-        engine._processes = tuple(WatchedProcess(pid) for pid in sorted(pids))
-        engine._deaths = [asyncio.create_task(process.ended.wait()) for process in engine._processes]
-        await engine._alive(llm.collective_rpc("slipstream_follow", args=(os.getpid(),)))
-        if settings.weight_backend == "shared_memory":
-            await engine._alive(llm.init_weight_transfer_engine(WeightTransferInitRequest()))
-        await engine._alive(llm.update_weight_version("0"))
+        try:
+            await engine._set_up()
+        except BaseException:
+            await asyncio.to_thread(llm.shutdown)
+            raise
         return engine
+
+    async def _set_up(self) -> None:
+        pids = {pid for pair in await self._llm.collective_rpc("slipstream_processes") for pid in pair} - {os.getpid()}
+        self._processes = tuple(WatchedProcess(pid) for pid in sorted(pids))
+        self._deaths = [asyncio.create_task(process.ended.wait()) for process in self._processes]
+        await self._alive(self._llm.collective_rpc("slipstream_follow", args=(os.getpid(),)))
+        if self.settings.weight_backend == "shared_memory":
+            await self._alive(self._llm.init_weight_transfer_engine(WeightTransferInitRequest()))
+        await self._alive(self._llm.update_weight_version("0"))
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -81,7 +88,7 @@ class VllmEngine:
     async def sample_round(self, requests: Sequence[SampleRequest]) -> list[tuple[Completion, ...]]:
         """All requests wait in the paused engine before the first is scheduled, so that its batches are always alike.
 
-        The salt keeps cached prefixes of other rounds out: a hit changes the shape of a batch, and with it last bits.
+        The salt keeps cached prefixes of other rounds out: what is hit there depends on what ran before.
         """
         if not requests:
             return []
@@ -139,6 +146,8 @@ class VllmEngine:
             raise self._died()
 
     async def stop(self) -> None:
+        if self._llm.output_handler is not None:
+            self._llm.output_handler.cancel()  # it would log the end of its engine as an error
         await asyncio.to_thread(self._llm.shutdown)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_SECONDS):
@@ -307,10 +316,11 @@ def _update_info(update: WeightUpdate) -> dict:
     tensors = msgspec.to_builtins(update.tensors)
     if update.path is not None:
         return {"path": update.path, "tensors": tensors}
+    broadcast = sorted(update.tensors, key=lambda tensor: tensor.name)  # the order of learners/nccl_sender.py
     return {
-        "names": [tensor.name for tensor in update.tensors],
-        "dtype_names": [tensor.dtype for tensor in update.tensors],
-        "shapes": [list(tensor.shape) for tensor in update.tensors],
+        "names": [tensor.name for tensor in broadcast],
+        "dtype_names": [tensor.dtype for tensor in broadcast],
+        "shapes": [list(tensor.shape) for tensor in broadcast],
         "tensors": tensors,
     }
 

@@ -1,12 +1,12 @@
 """This file is one learner rank: it trains on leased groups, publishes policy versions, and keeps checkpoints.
 
-Every public method is a collective: all ranks call the same ones in the same order.
+Every public method but join and send, which are rank 0's, is a collective: all ranks call the same in the same order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import torch
@@ -23,7 +23,10 @@ from rl.config import AlgorithmSection, LearnerSection
 from rl.metrics import Metrics, last, mean
 from rl.orders import StepOrder, StepReport
 from rl.trajectory import Group, GroupEntry
-from rl.weights import WeightUpdate, combined, digest_of
+from rl.weights import NcclGroup, WeightUpdate, combined, digest_of
+
+if TYPE_CHECKING:
+    from learners.nccl_sender import NcclSender
 
 Fetch = Callable[[Sequence[str]], list[Group]]
 
@@ -80,6 +83,8 @@ class Learner:
         self._stopwatch = Stopwatch(settings.device)
         self._steps_done = 0
         self._moved = False
+        self._nccl: NcclSender | None = None
+        self._to_send: tuple[int, dict[str, Tensor]] = (0, {})
 
     def step(self, order: StepOrder) -> StepReport:
         """One optimizer step on a batch. The metrics cover all ranks and come from rank 0; the others report none.
@@ -136,7 +141,10 @@ class Learner:
         return health(batch_facts) | {"learner/padding_fraction": mean(1 - num_packed / num_padded, num_padded)}
 
     def publish(self, version: int) -> WeightUpdate | None:
-        """Gather the weights and put them into shared memory as this version. Rank 0 describes it; others give None."""
+        """Gather the weights and offer them as this version: in shared memory, or for `send` once the rank has joined.
+
+        Rank 0 describes the version; the others give None.
+        """
         with self._stopwatch.measure("gather"):
             tensors = self._whole_weights()
         with self._stopwatch.measure("canary"):
@@ -145,10 +153,11 @@ class Learner:
             return None
         with self._stopwatch.measure("send"):
             digests = weight_sender.digest_tensors(tensors)
-            path = self._files.write(version, tensors)
+            path = None if self._nccl else self._files.write(version, tensors)
+        self._to_send = (version, tensors if self._nccl else {})
         return WeightUpdate(
             version=version,
-            backend="shared_memory",
+            backend="nccl" if self._nccl else "shared_memory",
             tensors=digests,
             digest=combined(digests),
             canary_token_ids=self._settings.canary_token_ids,
@@ -158,6 +167,20 @@ class Learner:
             num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
             moved=self._moved,
         )
+
+    def join(self, group: NcclGroup) -> None:
+        """Meet the engines of the nccl backend; returns when the whole group has met. Rank 0 only."""
+        from learners.nccl_sender import NcclSender  # it imports vLLM, which other backends have no use for here
+
+        self._nccl = NcclSender(group)
+
+    def send(self, version: int) -> None:
+        """Broadcast the version last published over nccl; the engines must be receiving. Rank 0 only."""
+        published, tensors = self._to_send
+        assert self._nccl is not None and published == version, f"version {published} is published, not {version}"
+        with self._stopwatch.measure("send"):
+            self._nccl.send({name: tensor.to(self._device) for name, tensor in tensors.items()})
+        self._to_send = (version, {})
 
     def save(self, directory: str) -> None:
         """Write a sharded checkpoint that any number of ranks can load. Raises OSError on a full disk."""
@@ -180,6 +203,8 @@ class Learner:
         """Remove this run's files from shared memory and leave the process group, if this learner entered it."""
         if self._rank == 0:
             self._files.remove()
+        if self._nccl:
+            self._nccl.close()
         if self._joined:
             dist.destroy_process_group()
             self._joined = False
@@ -225,7 +250,8 @@ class Learner:
 
     def _whole_weights(self) -> dict[str, Tensor]:
         """All weights in the compute dtype on rank 0; nothing on the others."""
-        return dict(weight_sender.gather_weights(self.policy.model, self._compute_dtype, keep=self._rank == 0))
+        gathered = weight_sender.gather_weights(self.policy.model, self._compute_dtype, keep=self._rank == 0)
+        return dict(sorted(gathered))  # in the order of WeightUpdate.tensors, by which an nccl receiver cuts its stream
 
     def _batch_digest(self, num_groups: int, groups: dict[int, Group]) -> str:
         """A digest of all that the gradient depends on, over all ranks: prompts, answers, log-probs, versions, rewards.

@@ -31,10 +31,11 @@ class NcclSender:
     def send(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Broadcast full tensors of this device; blocks until all engines have them.
 
-        Names, order, dtypes and shapes must be those of WeightUpdate.tensors: the receivers cut the stream by them.
+        Names, dtypes and shapes must be those of WeightUpdate.tensors: the receivers cut the stream by them. Both sides
+        go by sorted names, so that the order cannot differ.
         """
         torch.cuda.current_stream().synchronize()  # vLLM packs on streams of its own, which wait for nobody
-        self._source.tensors = dict(tensors)
+        self._source.tensors = dict(sorted(tensors.items()))
         try:
             self._engine.send_weights()
         finally:

@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 import psutil
 from rich.table import Table
+from rich.text import Text
 
 from rl import check, model_size
 from rl.config import RunConfig
@@ -131,14 +132,13 @@ def examine(config: RunConfig) -> list[Finding]:
     """Look at this machine with the eyes of `config`: its needs decide what is enough. Starts nothing."""
     parameters = model_size.count_parameters(config.model.path)
     installed = installed_versions()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ours = pathlib.Path(__file__).resolve().parent.parent
     return [
         judge_python(tuple(sys.version_info[:3])),
         *judge_packages(pinned_versions("gpu" if "vllm" in installed else "cpu"), installed),
         judge_cuda_traps(installed),
         *judge_shadowing(_local_folders(ours), ours),
-        judge_cores(cores, config),
+        judge_cores(check.available_cores(), config),
         judge_gpus(visible_gpus(), config),
         *_space_findings(config, parameters),
         redis_finding(config),
@@ -154,7 +154,7 @@ def render(findings: Iterable[Finding]) -> Table:
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     for finding in findings:
         said = f"{finding.fact}\n-> {finding.fix}" if finding.fix else finding.fact
-        view.add_row(f"[{colours[finding.severity]}]{finding.severity}[/]", finding.name, said)
+        view.add_row(Text(finding.severity, colours[finding.severity]), finding.name, Text(said))
     return view
 
 

@@ -1,4 +1,4 @@
-"""This file asserts the shape of the code from its syntax trees: who imports whom, budgets, no knob that nothing reads."""
+"""This file asserts the shape of the code from its syntax trees: who imports whom, budgets, no unread knob."""
 
 from __future__ import annotations
 

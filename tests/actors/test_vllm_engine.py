@@ -6,6 +6,7 @@ import asyncio
 import os
 import pathlib
 import signal
+import sys
 
 import msgspec
 import psutil
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.engine import EngineDied, SampleRequest
 from actors.vllm_engine import VllmEngine
+from actors.watched_process import WatchedProcess
 from actors.weight_receiver import digest_all
 from rl.weights import TensorDigest, WeightUpdate, WeightUpdateError, combined
 
@@ -244,3 +246,37 @@ async def test_a_killed_engine_process_ends_every_pending_call_and_leaves_no_pro
 def is_running(pid: int) -> bool:
     """Zombies do not run: where nobody reaps orphans, as in many containers, they stay."""
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+OWNER = """
+import asyncio, sys, msgspec
+from actors.engine import EngineSettings
+from actors.vllm_engine import VllmEngine
+
+async def main():
+    engine = await VllmEngine.start(msgspec.json.decode(sys.argv[1], type=EngineSettings))
+    print("pids", *engine.pids, flush=True)
+    await asyncio.Event().wait()
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+async def test_an_engine_does_not_outlive_a_killed_owner(engine_settings, tmp_path):
+    script = tmp_path / "owner.py"  # a file, because vLLM's spawned processes import the main module
+    script.write_text(OWNER)
+    owner = await asyncio.create_subprocess_exec(
+        sys.executable,
+        script,
+        msgspec.json.encode(engine_settings),
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+    )
+    async with asyncio.timeout(120):
+        while not (line := await owner.stdout.readline()).startswith(b"pids"):
+            assert line, "the owner ended before its engine was up"
+    processes = [WatchedProcess(int(pid)) for pid in line.split()[1:]]
+    owner.kill()
+    async with asyncio.timeout(10):
+        await asyncio.gather(owner.wait(), *(process.ended.wait() for process in processes))

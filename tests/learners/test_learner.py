@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+import sys
+import types
 
 import msgspec
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 
 from learners import batcher
 from learners.optimizer import NonFiniteGradient
-from rl.weights import UpdateReceipt, verify
+from rl.weights import NcclGroup, UpdateReceipt, verify
 from tests.learners.tiny import (
     gradients_of,
     make_learner,
@@ -214,6 +216,35 @@ def test_a_published_version_is_what_the_learner_computes_with(learner_on):
     assert verify(second, receipt, first, 0.1) == 0.0
     learner.close()
     assert not pathlib.Path(second.path).exists()
+
+
+class FakeNcclSender:
+    """Remembers what it was given instead of broadcasting it: there is no second GPU here."""
+
+    def __init__(self, group):
+        self.group, self.sent, self.closed = group, [], False
+
+    def send(self, tensors):
+        self.sent.append(dict(tensors))
+
+    def close(self):
+        self.closed = True
+
+
+def test_after_joining_a_version_is_held_for_nccl_in_the_order_of_its_description(learner_on, monkeypatch):
+    fake_module = types.SimpleNamespace(NcclSender=FakeNcclSender)
+    monkeypatch.setitem(sys.modules, "learners.nccl_sender", fake_module)
+    learner = learner_on(dtype=None)
+    learner.join(NcclGroup(address="127.0.0.1", port=1, engines=1, workers=1))
+    sender = learner._nccl
+    update = learner.publish(1)
+    assert update.backend == "nccl" and update.path is None
+    with pytest.raises(AssertionError, match="version 1 is published, not 2"):
+        learner.send(2)
+    learner.send(1)
+    assert list(sender.sent[0]) == [tensor.name for tensor in update.tensors]
+    learner.close()
+    assert sender.closed
 
 
 def test_a_step_at_learning_rate_zero_says_that_it_did_not_move(learner_on):
