@@ -7,7 +7,7 @@ import contextlib
 import os
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -26,6 +26,7 @@ CLOSE_SECONDS = 30.0
 CONCURRENT_CALLS = 10_000  # a generator has as many draws in hand as the gate lets in
 
 PayloadOf = Callable[[WeightUpdate], Any]
+Send = Callable[[int], Awaitable[None]]
 
 
 class FleetSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,7 +83,8 @@ class GeneratorFleet:
         self._idle_since: list[float | None] = [time.monotonic()] * len(actors)
         self._measured_since = time.monotonic()
         self._update_seconds: dict[str, float] = {}
-        self.payload_of: PayloadOf | None = None
+        self.payload_of: PayloadOf | None = None  # the composition root says where weights come from
+        self.send: Send | None = None
 
     @classmethod
     async def start(cls, settings: FleetSettings, count: int) -> GeneratorFleet:
@@ -124,12 +126,15 @@ class GeneratorFleet:
 
     async def update(self, update: WeightUpdate) -> list[UpdateReceipt]:
         """Load a version everywhere; to a node without the update's file its bytes go through the object store."""
-        receipts = await asyncio.gather(
+        receiving = asyncio.gather(
             *(
                 actor.call.remote("update", update, self._payload(update, node))
                 for actor, node in zip(self._actors, self._nodes, strict=True)
             )
         )
+        if self.send is not None:
+            await asyncio.gather(receiving, self.send(update.version))
+        receipts = await receiving
         self._update_seconds = receipts[0].seconds
         return receipts
 
@@ -161,7 +166,7 @@ class GeneratorFleet:
     def _payload(self, update: WeightUpdate, node: str) -> Any:
         if update.path is None or update.node == node:
             return None
-        assert self.payload_of is not None, "the composition root says where an update's bytes come from"
+        assert self.payload_of is not None
         return self.payload_of(update)
 
     async def _deal(self, method: str, items: Sequence[Any], *arguments: Any) -> list[Any]:

@@ -46,12 +46,12 @@ class LearnerProcess:
         os.close(file)
         self._learner: Learner | None = None
 
-    def rendezvous(self) -> str:
-        """Where the ranks meet: a free port of this node."""
+    def free_port(self) -> tuple[str, int]:
+        """This node's address and a port of it that is free now."""
         address = ray.util.get_node_ip_address()
         with socket.socket() as probe:
             probe.bind((address, 0))
-            return f"tcp://{address}:{probe.getsockname()[1]}"
+            return address, probe.getsockname()[1]
 
     def start(self, settings: FleetSettings, rendezvous: str, rank: int, world_size: int) -> None:
         """Load the policy and meet the other ranks."""
@@ -88,7 +88,8 @@ class LearnerFleet:
         log = pathlib.Path(settings.log_folder)
         actors = [remote.remote(str(log / f"learner_{rank}.log")) for rank in range(ranks)]
         try:
-            rendezvous = await actors[0].rendezvous.remote()
+            address, port = await actors[0].free_port.remote()
+            rendezvous = f"tcp://{address}:{port}"
             await asyncio.gather(
                 *(actor.start.remote(settings, rendezvous, rank, ranks) for rank, actor in enumerate(actors))
             )
@@ -114,6 +115,10 @@ class LearnerFleet:
     async def load(self, folder: str) -> None:
         """Go on from a checkpoint that `save` wrote."""
         await self._all("load", os.path.join(folder, "state"))
+
+    async def free_port(self) -> tuple[str, int]:
+        """An address and a free port of rank 0's node, for others to meet it at."""
+        return await self._actors[0].free_port.remote()
 
     async def join(self, group: NcclGroup) -> None:
         """Have rank 0 meet the engines of the nccl backend."""

@@ -23,15 +23,17 @@ from rl.check import Threads, available_cores, problems, share_threads
 from rl.config import RunConfig
 from rl.curriculum import Curriculum
 from rl.embedded_redis import EmbeddedRedis
+from rl.parts import Parts, Plan
 from rl.process_guard import MARK, ProcessGuard
 from rl.prompts import PromptSources
 from rl.recorder import Recorder, RunDirectory
-from rl.run import Parts, Plan, Run
+from rl.run import Run
 from rl.run_outcome import Outcome
 from rl.staleness import Gate
 from rl.terminal import TerminalProgress
 from rl.trajectory import Message, TextPart
 from rl.waits import within
+from rl.weights import NcclGroup
 
 if TYPE_CHECKING:
     from actors.fleet import GeneratorFleet
@@ -256,8 +258,21 @@ async def _start_fleets(
 
     both = asyncio.gather(generators(), learners())
     started = await within(both, config.monitoring.start_deadline_s, "engines and learner ranks to start", "Ray")
-    started[0].payload_of = started[1].payload
+    await _introduce(config, *started)
     return started
+
+
+async def _introduce(config: RunConfig, generators: GeneratorFleet, learners: LearnerFleet) -> None:
+    """Tell the generators where weights come from: a file, its bytes from another node, or a broadcast over nccl."""
+    generators.payload_of = learners.payload
+    if config.weight_backend != "nccl":
+        return
+    address, port = await learners.free_port()
+    engines, workers = config.generators.count, config.generators.tensor_parallel
+    group = NcclGroup(address=address, port=port, engines=engines, workers=workers)
+    met = asyncio.gather(generators.join(group), learners.join(group))
+    await within(met, config.monitoring.start_deadline_s, "the nccl group to meet", "generators and learner rank 0")
+    generators.send = learners.send
 
 
 def _generator_settings(config: RunConfig, directory: RunDirectory, threads: Threads, model_dir: str, url: str):

@@ -1,4 +1,4 @@
-"""This file defines what the driver asks of generators and learners, and what they answer: small, and without payloads."""
+"""This file defines what the driver asks of generators and learners, and what they answer, without payloads."""
 
 from __future__ import annotations
 

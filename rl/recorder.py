@@ -1,4 +1,4 @@
-"""This file writes the run directory: a JSON object per line and moment, whole files atomically, for people and pandas."""
+"""This file writes the run directory: a JSON object per line, whole files atomically, for people and pandas."""
 
 from __future__ import annotations
 

@@ -19,85 +19,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from rl import run_state
-from rl.accounting import RewardWatch, StepAccount, check_balance
-from rl.buffer import Buffer, BufferStats
-from rl.config import CheckpointSection, EvaluationSection, MonitoringSection, RunSection
+from rl.accounting import check_balance
+from rl.buffer import BufferStats
 from rl.crew import Crew
-from rl.curriculum import Curriculum
 from rl.evaluation import Evaluation, summarise
-from rl.metrics import Metrics, last
-from rl.orders import Draw, Graded, StepOrder, StepReport
-from rl.prompts import PromptSources
-from rl.recorder import Recorder
-from rl.staleness import Gate
-from rl.trajectory import GroupEntry, GroupReport, Prompt
+from rl.metrics import last
+from rl.orders import Draw, StepOrder, StepReport
+from rl.parts import Parts, Plan
+from rl.trajectory import GroupEntry, GroupReport
 from rl.waits import within
-from rl.weights import UpdateReceipt, WeightUpdate, verify
+from rl.weights import WeightUpdate, verify
 
 WATCH_EVERY_S = 2.0
-
-
-class Generators(Protocol):
-    """All engines together (actors/fleet.py)."""
-
-    async def rollout(self, draw: Draw) -> GroupReport: ...
-    async def rollout_round(self, draws: Sequence[Draw]) -> list[GroupReport]: ...
-    async def evaluate(self, prompts: Sequence[Prompt], temperature: float, seed: int) -> list[Graded]: ...
-    async def update(self, update: WeightUpdate) -> list[UpdateReceipt]: ...
-    async def check(self) -> None: ...
-    def metrics(self) -> Metrics: ...
-
-
-class Learners(Protocol):
-    """All learner ranks together (learners/fleet.py)."""
-
-    async def step(self, order: StepOrder) -> StepReport: ...
-    async def publish(self, version: int) -> WeightUpdate: ...
-    async def save(self, folder: str) -> None: ...
-
-
-class Progress(Protocol):
-    """What a person sees while it runs (rl/terminal.py)."""
-
-    def step(self, step: int, metrics: Metrics, evaluation: Evaluation | None) -> None: ...
-    def evaluation(self, evaluation: Evaluation) -> None: ...
-    def note(self, text: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The few numbers and sections that the loops need."""
-
-    run: RunSection
-    evaluation: EvaluationSection
-    checkpoint: CheckpointSection
-    deadlines: MonitoringSection
-    run_id: str
-    groups_per_step: int
-    max_lag: int
-    max_canary_gap: float
-    start_step: int
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Everything the loops join; rl/launch.py builds it."""
-
-    prompts: PromptSources
-    curriculum: Curriculum
-    gate: Gate
-    buffer: Buffer
-    generators: Generators
-    learners: Learners
-    recorder: Recorder
-    progress: Progress
-    account: StepAccount
-    rewards: RewardWatch
 
 
 class Run:
@@ -302,6 +237,10 @@ class Run:
         what = f"the weights of version {self.step}"
         self._offered = await within(publish, self.plan.deadlines.update_deadline_s, what, "learner rank 0")
         self._new_weights.set()
+        if self._offered.path is None:  # nccl: the senders take part in the transfer, so the next step waits for it
+            await within(
+                self._until_delivered(self.step), self.plan.deadlines.update_deadline_s, what, "the generators"
+            )
 
     async def _broadcast(self) -> None:
         """Deliver the newest offered weights; a version that was overtaken while waiting is skipped."""

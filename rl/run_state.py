@@ -76,7 +76,7 @@ def retire(checkpoints: pathlib.Path, keep: int) -> None:
 
 
 def save_sampling_state(path: pathlib.Path, state: dict[str, Any]) -> None:
-    """Keep, at every step, where prompts and beliefs stand: evidence that was paid for outlives a crash of the policy."""
+    """Keep, at every step, where prompts and beliefs stand: paid evidence outlives a crash of the policy."""
     write_atomically(path / "sampling_state.json", json.dumps(state))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,11 @@ RECENT_STEPS = 10
 
 def _percent(value: float) -> str:
     return f"{100 * value:.0f}%"
+
+
+def _number(value: float, digits: int) -> str:
+    """A dash where nothing was measured, as when no group finished within a step."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 class TerminalProgress:
@@ -45,9 +51,9 @@ class TerminalProgress:
         left = (self._steps - step) * sum(self._step_seconds) / len(self._step_seconds)
         held_out = _percent(evaluation.overall.mean) if evaluation and evaluation.overall.mean is not None else "  -"
         self.note(
-            f"step [bold]{step:>4}[/bold]/{self._steps}  reward {read('reward/mean'):.2f}  held-out {held_out}  "
+            f"step [bold]{step:>4}[/bold]/{self._steps}  reward {_number(read('reward/mean'), 2)}  held-out {held_out}  "
             f"lag {read('policy/lag_mean/versions'):.1f} (max {read('policy/lag_max/versions'):.0f})  "
-            f"gap {read('policy/logprob_gap_mean/nats'):.3f}  {read('speed/sampled/tokens_per_s'):.0f} tok/s  "
+            f"gap {_number(read('policy/logprob_gap_mean/nats'), 3)}  {read('speed/sampled/tokens_per_s'):.0f} tok/s  "
             f"idle learner {_percent(read('learner/idle_fraction'))} generator "
             f"{_percent(read('generator/idle_fraction'))}  {left / 60:.0f} min left"
         )

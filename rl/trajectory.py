@@ -81,7 +81,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
-            raise ValueError(f"a completion has {len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities")
+            raise ValueError(f"a completion has {len(self.token_ids)} tokens but {len(self.logprobs)} log-probs")
         edges = [span.start for span in self.spans] + [len(self.token_ids)]
         ends = [0] + [span.end for span in self.spans]
         if edges != ends:

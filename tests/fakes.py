@@ -14,8 +14,9 @@ from rl.config import CheckpointSection, CurriculumSection, EvaluationSection, M
 from rl.curriculum import Curriculum
 from rl.metrics import Metrics, highest, last, mean
 from rl.orders import Draw, Graded, StepOrder, StepReport
+from rl.parts import Parts, Plan
 from rl.recorder import Recorder, RunDirectory
-from rl.run import Parts, Plan, Run
+from rl.run import Run
 from rl.staleness import Gate
 from rl.trajectory import (
     Completion,
@@ -234,7 +235,7 @@ class FakeLearners:
             digest=combined(tensors),
             canary_token_ids=(1, 2),
             canary_logprobs=(-1.0,),
-            path=None,
+            path="/nowhere",
             node="",
             num_bytes=2,
         )

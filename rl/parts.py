@@ -1,0 +1,78 @@
+"""This file says what the loops of rl/run.py join: the contracts of what they call, and the numbers they go by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rl.accounting import RewardWatch, StepAccount
+from rl.buffer import Buffer
+from rl.config import CheckpointSection, EvaluationSection, MonitoringSection, RunSection
+from rl.curriculum import Curriculum
+from rl.evaluation import Evaluation
+from rl.metrics import Metrics
+from rl.orders import Draw, Graded, StepOrder, StepReport
+from rl.prompts import PromptSources
+from rl.recorder import Recorder
+from rl.staleness import Gate
+from rl.trajectory import GroupReport, Prompt
+from rl.weights import UpdateReceipt, WeightUpdate
+
+
+class Generators(Protocol):
+    """All engines together (actors/fleet.py)."""
+
+    async def rollout(self, draw: Draw) -> GroupReport: ...
+    async def rollout_round(self, draws: Sequence[Draw]) -> list[GroupReport]: ...
+    async def evaluate(self, prompts: Sequence[Prompt], temperature: float, seed: int) -> list[Graded]: ...
+    async def update(self, update: WeightUpdate) -> list[UpdateReceipt]: ...
+    async def check(self) -> None: ...
+    def metrics(self) -> Metrics: ...
+
+
+class Learners(Protocol):
+    """All learner ranks together (learners/fleet.py)."""
+
+    async def step(self, order: StepOrder) -> StepReport: ...
+    async def publish(self, version: int) -> WeightUpdate: ...
+    async def save(self, folder: str) -> None: ...
+
+
+class Progress(Protocol):
+    """What a person sees while it runs (rl/terminal.py)."""
+
+    def step(self, step: int, metrics: Metrics, evaluation: Evaluation | None) -> None: ...
+    def evaluation(self, evaluation: Evaluation) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The few numbers and sections that the loops need."""
+
+    run: RunSection
+    evaluation: EvaluationSection
+    checkpoint: CheckpointSection
+    deadlines: MonitoringSection
+    run_id: str
+    groups_per_step: int
+    max_lag: int
+    max_canary_gap: float
+    start_step: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything the loops join; rl/launch.py builds it."""
+
+    prompts: PromptSources
+    curriculum: Curriculum
+    gate: Gate
+    buffer: Buffer
+    generators: Generators
+    learners: Learners
+    recorder: Recorder
+    progress: Progress
+    account: StepAccount
+    rewards: RewardWatch

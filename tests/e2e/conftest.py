@@ -1,0 +1,119 @@
+"""This file runs `rl` as a person would: a process of its own, a run directory, and a look at what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+import pandas
+import psutil
+import pytest
+
+from rl.process_guard import marked_processes
+
+DEADLINE_S = 420
+
+
+@dataclass
+class RunProcess:
+    """A started `rl` and the run directory it wrote."""
+
+    process: subprocess.Popen
+    parent: pathlib.Path
+    output: pathlib.Path
+    path: pathlib.Path | None = field(default=None)
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """The run directory, once there is one."""
+        if self.path is None:
+            self.await_condition("a run directory", lambda: any(self.parent.glob("*")))
+            (self.path,) = self.parent.iterdir()
+        return self.path
+
+    def await_condition(self, what: str, condition, seconds: float = DEADLINE_S):
+        """Poll until the condition holds while the process lives; returns what the condition returned."""
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            assert self.process.poll() is None, f"rl ended while waiting for {what}:\n{self.output.read_text()}"
+            assert time.monotonic() < deadline, f"waited {seconds} s for {what}:\n{self.output.read_text()}"
+            time.sleep(0.05)  # the other side of the wait is another process's file
+        return found
+
+    def events(self, kind: str) -> list[dict]:
+        """The run's events of one kind."""
+        path = self.directory / "events.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [row for row in rows if row["event"] == kind]
+
+    def finish(self, seconds: float = DEADLINE_S) -> int:
+        """Wait for the end; returns the exit status."""
+        try:
+            return self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGKILL)
+            raise AssertionError(f"rl did not end within {seconds} s:\n{self.output.read_text()}") from None
+
+    @property
+    def outcome(self) -> dict:
+        """outcome.json."""
+        return json.loads((self.directory / "outcome.json").read_text())
+
+    @property
+    def metrics(self) -> pandas.DataFrame:
+        """metrics.jsonl, a row per step."""
+        return pandas.read_json(self.directory / "metrics.jsonl", lines=True)
+
+    def family(self) -> list[psutil.Process]:
+        """Living processes of the run, the driver not counted."""
+        return marked_processes(self.directory.name)
+
+    def engine_processes(self) -> list[int]:
+        """The vLLM engine's processes."""
+        return [process.pid for process in self.family() if re.search("EngineCore|Worker", _title(process))]
+
+    def await_no_family(self, seconds: float = 30) -> None:
+        """Fail unless every process of the run ends in time."""
+        _, alive = psutil.wait_procs(self.family(), timeout=seconds)
+        assert not alive, f"still alive: {[process.cmdline() for process in alive]}"
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return process.name() + " " + " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+@pytest.fixture
+def rl(tmp_path, model_dir):
+    """Start `rl` with arguments; whatever still lives at the end of the test is killed."""
+    started: list[RunProcess] = []
+
+    def start(*arguments: str, parent: pathlib.Path | None = None, path: pathlib.Path | None = None) -> RunProcess:
+        parent = parent or tmp_path / f"runs{len(started)}"
+        output = tmp_path / f"output{len(started)}.txt"
+        command = [sys.executable, "-m", "rl.cli", *arguments]
+        if arguments[0] == "run":
+            command += [f"model.path={model_dir}", f"run.dir={parent}"]
+        with output.open("w") as file:
+            environment = {**os.environ, "COLUMNS": "200"}
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        run = RunProcess(process, parent, output, path)
+        started.append(run)
+        return run
+
+    yield start
+    for run in started:
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.wait()
+        if run.path is not None:
+            run.await_no_family()
