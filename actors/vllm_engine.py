@@ -248,10 +248,8 @@ class VllmEngine:
 
     def _died(self) -> EngineDied:
         gone = [process.pid for process in self._processes if process.ended.is_set()]
-        return EngineDied(
-            f"engine {self.settings.name} died: of its processes {list(self.pids)} {gone or 'none yet'} ended, and "
-            "nobody had called stop(); its log says why"
-        )
+        how = f"its processes {gone} ended, and nobody had called stop()" if gone else "vLLM gave up after an error"
+        return EngineDied(f"the engine of {self.settings.name} died: {how}; the log of {self.settings.name} says why")
 
 
 def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
@@ -265,6 +263,10 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         gpu_memory_utilization=settings.gpu_memory_fraction,
         kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30) if on_cpu else None,
         enforce_eager=on_cpu,  # compiling costs minutes on a CPU; on CUDA the graphs are worth it
+        # vLLM rewinds a seeded request's generator after each chunk of its prompt, which CPU generators refuse ("CPU
+        # Generator does not use offset", vllm/v1/worker/gpu_model_runner.py of 0.32.0): the engine would die.
+        enable_chunked_prefill=False if on_cpu else None,
+        max_num_batched_tokens=max(2048, settings.max_context_tokens) if on_cpu else None,
         seed=settings.seed,
         logprobs_mode="processed_logprobs",
         enable_prefix_caching=True,

@@ -275,6 +275,12 @@ async def _introduce(config: RunConfig, generators: GeneratorFleet, learners: Le
     generators.send = learners.send
 
 
+def _anywhere(use: str) -> str:
+    """A reward's `use` that means the same in a process with another working directory."""
+    path, colon, function = use.rpartition(":")
+    return f"{pathlib.Path(path).absolute()}{colon}{function}" if path.endswith(".py") else use
+
+
 def _generator_settings(config: RunConfig, directory: RunDirectory, threads: Threads, model_dir: str, url: str):
     from actors.engine import EngineSettings
     from actors.fleet import FleetSettings
@@ -307,7 +313,7 @@ def _generator_settings(config: RunConfig, directory: RunDirectory, threads: Thr
                 for source in config.sources
             },
         ),
-        rewards={name: RewardSpec(each.use, each.timeout_s, each.params) for name, each in functions.items()},
+        rewards={name: RewardSpec(_anywhere(each.use), each.timeout_s, each.params) for name, each in functions.items()},
         reward_workers=config.rewards.workers,
         redis_url=url,
         max_bytes=config.buffer.max_bytes,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 
 import psutil
@@ -45,6 +47,13 @@ def sweep(run_id: str, spare: frozenset[int] = frozenset(), grace_s: float = GRA
     return killed
 
 
+def remove_shared_memory(run_id: str) -> None:
+    """Remove the weight updates that a killed learner could not; their names carry the run's id."""
+    for folder in (pathlib.Path("/dev/shm"), pathlib.Path(tempfile.gettempdir())):
+        for file in folder.glob(f"slipstream-{run_id}-*"):
+            file.unlink(missing_ok=True)
+
+
 class ProcessGuard:
     """Marks this process as the driver of a run, and leaves a guard behind that outlives it by seconds."""
 
@@ -63,6 +72,7 @@ class ProcessGuard:
     def close(self) -> list[str]:
         """Sweep, then dismiss the guard; returns who had to be killed."""
         killed = sweep(self.run_id, spare=frozenset({os.getpid()}))
+        remove_shared_memory(self.run_id)
         assert self._guard.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._guard.stdin.write(b"done\n")
@@ -80,6 +90,7 @@ def stand_guard(run_id: str, driver: int) -> None:
     while psutil.pid_exists(driver) and time.monotonic() < deadline:
         time.sleep(0.1)
     sweep(run_id, spare=frozenset({os.getpid(), driver}), grace_s=GRACE_SECONDS)
+    remove_shared_memory(run_id)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         """The outcome of an exception; its notes say which part of the run raised it."""
         where = "; ".join(getattr(error, "__notes__", []))
         text = "".join(traceback.format_exception(error))
+        remote = getattr(error, "cause", None)  # Ray wraps what an actor raised, and makes its traceback the message
+        error = remote if isinstance(remote, BaseException) else error
         first = FirstError(type=type(error).__name__, message=str(error), where=where, traceback=text)
         summary = f"at step {step}{' ' + where if where else ''}: {type(error).__name__}: {error}"
         return cls(status=status, step=step, summary=summary, first_error=first)
