@@ -143,9 +143,13 @@ class LearnerSection(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decays")
     weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled decay")
     max_grad_norm: float = Field(1.0, gt=0, description="global norm above which gradients are scaled down")
-    compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="forward and backward; masters are fp32")
+    compute_dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="forward and backward; masters are fp32"
+    )
     threads_per_rank: int | None = Field(None, ge=1, description="CPU threads; null shares the cores out")
-    max_logprob_gap: float = Field(0.05, gt=0, description="largest mean |difference| to the engine before the first step")
+    max_logprob_gap: float = Field(
+        0.05, gt=0, description="largest mean |difference| to the engine before the first step"
+    )
 
 
 class GeneratorsSection(Section):
@@ -170,7 +174,9 @@ class WeightsSection(Section):
     """How a new policy version reaches the generators."""
 
     backend: Literal["auto", "shared_memory", "nccl"] = Field("auto", description="auto: nccl on cuda")
-    max_canary_gap: float = Field(0.1, gt=0, description="largest mean |difference| on the canary after an update, nats")
+    max_canary_gap: float = Field(
+        0.1, gt=0, description="largest mean |difference| on the canary after an update, nats"
+    )
 
 
 class EvaluationSection(Section):

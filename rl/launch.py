@@ -313,7 +313,9 @@ def _generator_settings(config: RunConfig, directory: RunDirectory, threads: Thr
                 for source in config.sources
             },
         ),
-        rewards={name: RewardSpec(_anywhere(each.use), each.timeout_s, each.params) for name, each in functions.items()},
+        rewards={
+            name: RewardSpec(_anywhere(each.use), each.timeout_s, each.params) for name, each in functions.items()
+        },
         reward_workers=config.rewards.workers,
         redis_url=url,
         max_bytes=config.buffer.max_bytes,

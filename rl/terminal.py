@@ -18,7 +18,7 @@ RECENT_STEPS = 10
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.0f}%"
+    return f"{_number(100 * value, 0)}%"
 
 
 def _number(value: float, digits: int) -> str:
@@ -30,7 +30,7 @@ class TerminalProgress:
     """Prints the run's lines; the console decides on colour by whether a terminal is there."""
 
     def __init__(self, steps: int, first_step: int = 0, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True) if console is None else console
         self._steps = steps
         self._first_step = first_step
         self._step_seconds: list[float] = []
@@ -45,17 +45,19 @@ class TerminalProgress:
 
         def read(name: str) -> float:
             metric = metrics.get(name)
-            return metric.value if metric else float("nan")
+            return metric.value if metric else math.nan
 
         self._step_seconds = [*self._step_seconds, read("time/step/s")][-RECENT_STEPS:]
         left = (self._steps - step) * sum(self._step_seconds) / len(self._step_seconds)
-        held_out = _percent(evaluation.overall.mean) if evaluation and evaluation.overall.mean is not None else "  -"
+        held_out = evaluation.overall.mean if evaluation and evaluation.overall.mean is not None else math.nan
         self.note(
-            f"step [bold]{step:>4}[/bold]/{self._steps}  reward {_number(read('reward/mean'), 2)}  held-out {held_out}  "
-            f"lag {read('policy/lag_mean/versions'):.1f} (max {read('policy/lag_max/versions'):.0f})  "
-            f"gap {_number(read('policy/logprob_gap_mean/nats'), 3)}  {read('speed/sampled/tokens_per_s'):.0f} tok/s  "
-            f"idle learner {_percent(read('learner/idle_fraction'))} generator "
-            f"{_percent(read('generator/idle_fraction'))}  {left / 60:.0f} min left"
+            f"step [bold]{step:>4}[/bold]/{self._steps}  reward {_number(read('reward/mean'), 2)}  "
+            f"held-out {_percent(held_out)}  lag {_number(read('policy/lag_mean/versions'), 1)} "
+            f"(max {_number(read('policy/lag_max/versions'), 0)})  "
+            f"gap {_number(read('policy/logprob_gap_mean/nats'), 3)}  "
+            f"{_number(read('speed/sampled/tokens_per_s'), 0)} tok/s  idle: learner "
+            f"{_percent(read('learner/idle_fraction'))}, generator {_percent(read('generator/idle_fraction'))}  "
+            f"{left / 60:.0f} min left"
         )
 
     def evaluation(self, evaluation: Evaluation) -> None:

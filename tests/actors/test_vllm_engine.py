@@ -91,6 +91,14 @@ async def test_a_group_has_tokens_logprobs_and_one_version_per_token(engine, pro
         assert (completion.finish_reason == "length") == (len(completion.token_ids) == 24)
 
 
+async def test_more_prompt_tokens_at_once_than_one_engine_step_takes_are_sampled_with_seeds(engine, prompt):
+    long = prompt * 6
+    prompts = [(100 + index, *long) for index in range(1 + 2 * 2048 // len(long))]
+    requests = [ask(each, f"crowd {index}", count=1, max_tokens=2) for index, each in enumerate(prompts)]
+    answers = await asyncio.gather(*(engine.sample(request) for request in requests))
+    assert all(len(completion.token_ids) == 2 for (completion,) in answers)
+
+
 async def test_logprobs_are_those_of_the_sampled_tokens_under_the_temperature(engine, prompt, model_dir):
     (completion,) = await engine.sample(ask(prompt, "temperature", count=1, temperature=0.5, max_tokens=96))
     sequence, logprobs_T = prompt + completion.token_ids, torch.tensor(completion.logprobs)
@@ -235,7 +243,7 @@ async def test_a_killed_engine_process_ends_every_pending_call_and_leaves_no_pro
     os.kill(core if victim == "engine core" else next(pid for pid in pids if pid != core), signal.SIGKILL)
     async with asyncio.timeout(10):
         for outcome in await asyncio.gather(*pending, return_exceptions=True):
-            assert isinstance(outcome, EngineDied) and "engine doomed died" in str(outcome)
+            assert isinstance(outcome, EngineDied) and "engine of doomed died" in str(outcome)
         for call in (doomed.score(prompt), doomed.sample(ask(prompt, "late")), doomed.check_alive()):
             with pytest.raises(EngineDied):
                 await call

@@ -1,4 +1,4 @@
-"""The whole loop on real parts: vLLM, SmolLM2, Redis, Ray and two FSDP2 ranks, three steps, then a look at every promise."""
+"""The whole loop on real parts: vLLM, SmolLM2, Redis, Ray, two FSDP2 ranks; then a look at every promise."""
 
 from __future__ import annotations
 

@@ -10,7 +10,9 @@ import psutil
 
 from rl.process_guard import MARK, ProcessGuard, marked_processes, sweep
 
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+)
 DRIVER = """
 import subprocess, sys, time
 from rl.process_guard import ProcessGuard

@@ -22,3 +22,12 @@ def test_an_error_is_told_with_its_type_message_place_and_traceback(tmp_path):
 def test_the_exit_status_is_0_only_for_an_end_that_somebody_wanted():
     statuses = {status: Outcome(status=status).exit_status for status in ("finished", "stopped", "failed", "refused")}
     assert statuses == {"finished": 0, "stopped": 0, "failed": 1, "refused": 2}
+
+
+def test_an_error_that_ray_wrapped_is_told_as_itself_with_the_remote_traceback():
+    class Wrapped(RuntimeError):
+        cause = ValueError("the fact, the value, the fix")
+
+    outcome = Outcome.of_error("failed", Wrapped("forty lines of remote traceback"))
+    assert outcome.first_error.type == "ValueError" and outcome.first_error.message == "the fact, the value, the fix"
+    assert "forty lines" not in outcome.summary and "forty lines" in outcome.first_error.traceback

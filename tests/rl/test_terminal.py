@@ -35,13 +35,21 @@ def test_a_step_is_one_line_with_reward_held_out_score_lag_speed_idle_and_time_l
     }
     line = shown(lambda progress: progress.step(4, metrics, summarise(3, 3, [graded(1.0), graded(0.0)])))
     assert line.count("\n") == 1
-    for part in ("4/10", "reward 0.50", "held-out 50%", "lag 1.5 (max 2)", "210 tok/s", "learner 5%", "6 min left"):
+    for part in (
+        "4/10",
+        "reward 0.50",
+        "held-out 50%",
+        "lag 1.5 (max 2)",
+        "210 tok/s",
+        "idle: learner 5%",
+        "6 min left",
+    ):
         assert part in line
 
 
 def test_what_was_not_measured_is_a_dash_and_never_a_number():
     line = shown(lambda progress: progress.step(1, {"time/step/s": last(1)}, None))
-    assert "reward - " in line and "held-out   -" in line and "nan" not in line
+    assert "reward - " in line and "held-out -%" in line and "nan" not in line
 
 
 def test_an_evaluation_is_a_table_with_intervals_and_a_failed_judgement_is_not_a_zero():
