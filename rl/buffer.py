@@ -176,7 +176,7 @@ class Buffer:
     async def lease_again(self, group_ids: Sequence[str]) -> tuple[GroupEntry, ...]:
         """Redelivers groups that an earlier process leased and did not commit, in the order asked for.
 
-        Raises ValueError naming those that are not leased; then nothing is redelivered.
+        Raises ValueError naming those that are not leased.
         """
         missing, entries = await self._run("LEASE_AGAIN", *group_ids)
         if missing:

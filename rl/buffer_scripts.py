@@ -111,17 +111,12 @@ end
 return {entries, stale, redis.call('XINFO', 'STREAM', stream)[8]}
 """
 
-# ARGV: group ids. Returns ids that are not leased, entries of those that are; redelivers all or none.
+# ARGV: group ids. Returns the ids that are not leased, and the entries of those that are.
 LEASE_AGAIN = """
-local missing, items, entries = {}, {}, {}
+local missing, entries = {}, {}
 for _, group_id in ipairs(ARGV) do
   local item = leased(group_id)
-  if item then items[#items + 1] = item else missing[#missing + 1] = group_id end
-end
-if #missing > 0 then return {missing, {}} end
-for position, item in ipairs(items) do
-  redis.call('XCLAIM', stream, readers, consumer, 0, item[1], 'JUSTID')
-  entries[position] = item[2][ENTRY]
+  if item then entries[#entries + 1] = item[2][ENTRY] else missing[#missing + 1] = group_id end
 end
 return {missing, entries}
 """

@@ -143,13 +143,9 @@ class LearnerSection(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decays")
     weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled decay")
     max_grad_norm: float = Field(1.0, gt=0, description="global norm above which gradients are scaled down")
-    compute_dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="forward and backward; masters are fp32"
-    )
+    compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of forward and backward")
     threads_per_rank: int | None = Field(None, ge=1, description="CPU threads; null shares the cores out")
-    max_logprob_gap: float = Field(
-        0.05, gt=0, description="largest mean |difference| to the engine before the first step"
-    )
+    max_logprob_gap: float = Field(0.05, gt=0, description="largest mean |gap| to the engine before step 1, nats")
 
 
 class GeneratorsSection(Section):
@@ -174,9 +170,7 @@ class WeightsSection(Section):
     """How a new policy version reaches the generators."""
 
     backend: Literal["auto", "shared_memory", "nccl"] = Field("auto", description="auto: nccl on cuda")
-    max_canary_gap: float = Field(
-        0.1, gt=0, description="largest mean |difference| on the canary after an update, nats"
-    )
+    max_canary_gap: float = Field(0.1, gt=0, description="largest mean |gap| on the canary after an update, nats")
 
 
 class EvaluationSection(Section):
@@ -212,17 +206,17 @@ class RunConfig(Section):
     model: ModelSection
     sources: dict[str, Source] = Field(..., min_length=1)
     rewards: RewardsSection
-    curriculum: CurriculumSection = CurriculumSection()
-    rollout: RolloutSection = RolloutSection()
-    staleness: StalenessSection = StalenessSection()
-    algorithm: AlgorithmSection = AlgorithmSection()
-    learner: LearnerSection = LearnerSection()
-    generators: GeneratorsSection = GeneratorsSection()
-    buffer: BufferSection = BufferSection()
-    weights: WeightsSection = WeightsSection()
-    evaluation: EvaluationSection = EvaluationSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    monitoring: MonitoringSection = MonitoringSection()
+    curriculum: CurriculumSection = Field(default_factory=CurriculumSection)
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
+    staleness: StalenessSection = Field(default_factory=StalenessSection)
+    algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection)
+    learner: LearnerSection = Field(default_factory=LearnerSection)
+    generators: GeneratorsSection = Field(default_factory=GeneratorsSection)
+    buffer: BufferSection = Field(default_factory=BufferSection)
+    weights: WeightsSection = Field(default_factory=WeightsSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    monitoring: MonitoringSection = Field(default_factory=MonitoringSection)
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:

@@ -6,6 +6,7 @@ What needs torch or vLLM is imported inside functions, so that `rl check` and `r
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import pathlib
 import signal
@@ -206,7 +207,7 @@ async def _ray(config: RunConfig, run_id: str, threads: Threads) -> AsyncIterato
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
         environment = {"env_vars": {MARK: run_id}}
-        ray.init(namespace=run_id, runtime_env=environment, log_to_driver=False, logging_level="error")
+        ray.init(namespace=run_id, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     else:
         wanted = config.generators.count * threads.engine + config.learner.ranks * threads.rank
         ray.init(
@@ -214,7 +215,7 @@ async def _ray(config: RunConfig, run_id: str, threads: Threads) -> AsyncIterato
             num_cpus=max(available_cores(), wanted),
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
         )
     try:
         yield

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from typing import Literal
 
 from rl import run_state
 from rl.accounting import check_balance
@@ -33,6 +34,7 @@ from rl.waits import within
 from rl.weights import WeightUpdate, verify
 
 WATCH_EVERY_S = 2.0
+Ended = Literal["finished", "stopped"]
 
 
 class Run:
@@ -57,7 +59,7 @@ class Run:
         self._uncommitted: list[tuple[int, tuple[str, ...]]] = []
         self._ledger = {step: groups for step, groups in parts.recorder.read_ledger().items() if step > plan.start_step}
 
-    async def main(self) -> str:
+    async def main(self) -> Ended:
         """Train until the end; returns "finished" or "stopped". Whatever fails first is raised."""
         self._crew.spawn(self._broadcast(), "the broadcast loop")
         self._crew.spawn(self._evaluate(), "the evaluation loop")
@@ -138,7 +140,7 @@ class Run:
 
     # Training
 
-    async def _train(self) -> str:
+    async def _train(self) -> Ended:
         await self._offer_weights()
         await within(self._until_delivered(self.step), self.plan.deadlines.update_deadline_s, "the first weights")
         if self.step == 0:
@@ -149,7 +151,7 @@ class Run:
             if entries is None:
                 break
             await self._train_on(entries)
-        outcome = "finished" if self.step == self.plan.run.steps else "stopped"
+        outcome: Ended = "finished" if self.step == self.plan.run.steps else "stopped"
         await self._conclude(outcome)
         return outcome
 
@@ -322,7 +324,7 @@ class Run:
         parts.recorder.event("checkpoint", step=self.step)
         self._changed.set()
 
-    async def _conclude(self, outcome: str) -> None:
+    async def _conclude(self, outcome: Ended) -> None:
         """Checkpoint; a finished run also evaluates its last version and accounts for what nobody will train on."""
         parts, plan = self.parts, self.plan
         if self._uncommitted:

@@ -29,10 +29,9 @@ def _number(value: float, digits: int) -> str:
 class TerminalProgress:
     """Prints the run's lines; the console decides on colour by whether a terminal is there."""
 
-    def __init__(self, steps: int, first_step: int = 0, console: Console | None = None) -> None:
+    def __init__(self, steps: int, console: Console | None = None) -> None:
         self._console = Console(highlight=False, soft_wrap=True) if console is None else console
         self._steps = steps
-        self._first_step = first_step
         self._step_seconds: list[float] = []
         self._started = time.monotonic()
 

@@ -29,8 +29,9 @@ async def within(awaitable: Awaitable[T], seconds: float, what: str, whom: str =
         WaitExpired: naming what was awaited, from whom and for how long. A TimeoutError that the awaitable raised
             itself passes through unchanged: it is that part's own error.
     """
+    deadline = asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds) as deadline:
+        async with deadline:
             return await awaitable
     except TimeoutError:
         if deadline.expired():

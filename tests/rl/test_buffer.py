@@ -182,6 +182,7 @@ async def test_waiting_ends_with_a_publication_and_not_before(buffer: Buffer) ->
     assert await waiting
     await publish(buffer, group_of(2))
     assert await buffer.wait_published(60), "published between two waits"
+    assert not await buffer.wait_published(0.05), "told already"
 
 
 async def test_what_waits_at_the_end_is_dropped_as_surplus_and_what_was_sampled_as_aborted(buffer: Buffer) -> None:

@@ -39,7 +39,7 @@ class Model:
 
     async def draw(self) -> None:
         assert await self.buffer.admit() == self.drawn
-        lengths = tuple(self.random.randint(1, 5) for _ in range(2))
+        lengths = tuple(self.random.randint(0, 5) for _ in range(2))
         self.in_flight.append(group_of(self.drawn, self.version, lengths))
         self.drawn += 1
 

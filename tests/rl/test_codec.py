@@ -104,7 +104,7 @@ def test_another_type_is_refused_by_name() -> None:
 
 def test_facts_that_disagree_are_refused_when_read() -> None:
     broken = {"text": "", "token_ids": [1], "logprobs": [], "spans": [], "finish_reason": "stop"}
-    with pytest.raises(ValueError, match="1 tokens but 0 log-probabilities"):
+    with pytest.raises(ValueError, match="1 tokens but 0 log-prob"):
         decode(encode(broken), Completion)
 
 

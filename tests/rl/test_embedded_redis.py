@@ -75,7 +75,11 @@ def test_it_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     parent = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, timeout=60)
     assert parent.returncode == -signal.SIGKILL
     with contextlib.suppress(psutil.NoSuchProcess):  # gone already
-        psutil.Process(int(parent.stdout)).wait(timeout=30)
+        orphan = psutil.Process(int(parent.stdout))
+        try:
+            orphan.wait(timeout=30)
+        finally:
+            orphan.kill()
     EmbeddedRedis.start(tmp_path).stop()  # the directory is free again
 
 
