@@ -132,9 +132,8 @@ class GeneratorFleet:
                 for actor, node in zip(self._actors, self._nodes, strict=True)
             )
         )
-        if self.send is not None:
-            await asyncio.gather(receiving, self.send(update.version))
-        receipts = await receiving
+        sending = self.send(update.version) if self.send is not None else asyncio.sleep(0)
+        receipts, _ = await asyncio.gather(receiving, sending)
         self._update_seconds = receipts[0].seconds
         return receipts
 

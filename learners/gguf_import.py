@@ -72,7 +72,9 @@ def _converted(source: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
 def _convert(source: pathlib.Path, out: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # four bars would bury the run's own lines
     model = AutoModelForCausalLM.from_pretrained(
         source.parent,
         gguf_file=source.name,

@@ -20,57 +20,63 @@ class Section(BaseModel):
 class RunSection(Section):
     """Which run this is, and how long it goes on."""
 
-    name: str = Field("run", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]{0,40}$", description="first part of the run id")
-    seed: int = Field(0, ge=0, description="decides draws, sampling and shuffling")
-    steps: int = Field(..., ge=1, description="optimizer steps, in all")
-    dir: str = Field("runs", description="folder that holds the run directories")
+    name: str = Field(
+        default="run", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]{0,40}$", description="first part of the run id"
+    )
+    seed: int = Field(default=0, ge=0, description="decides draws, sampling and shuffling")
+    steps: int = Field(ge=1, description="optimizer steps, in all")
+    dir: str = Field(default="runs", description="folder that holds the run directories")
 
 
 class ModelSection(Section):
     """The policy and where it computes."""
 
-    path: str = Field(..., min_length=1, description="Hugging Face id, directory, or gguf:<python package>/<file>")
-    max_context_tokens: int = Field(512, ge=16, description="prompt and completion together, per sequence")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes cuda where an NVIDIA driver answers")
-    system_prompt: str | None = Field(None, description="a system message put before every prompt")
+    path: str = Field(min_length=1, description="Hugging Face id, directory, or gguf:<python package>/<file>")
+    max_context_tokens: int = Field(default=512, ge=16, description="prompt and completion together, per sequence")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto takes cuda where an NVIDIA driver answers"
+    )
+    system_prompt: str | None = Field(default=None, description="a system message put before every prompt")
 
 
 class ReasoningGymSource(Section):
     """Endless prompts from one reasoning_gym dataset; each level is a set of its own parameters."""
 
     kind: Literal["reasoning_gym"]
-    dataset: str = Field(..., description="a reasoning_gym dataset name")
-    levels: dict[str, dict[str, Any]] = Field(..., min_length=1, description="level name -> dataset parameters")
-    weight: float = Field(1.0, gt=0, description="share of this source among all sources")
-    instruction: str = Field("", description="text appended to every question")
+    dataset: str = Field(description="a reasoning_gym dataset name")
+    levels: dict[str, dict[str, Any]] = Field(min_length=1, description="level name -> dataset parameters")
+    weight: float = Field(default=1.0, gt=0, description="share of this source among all sources")
+    instruction: str = Field(default="", description="text appended to every question")
 
 
 class JsonlSource(Section):
     """Prompts from a file with one JSON object per line."""
 
     kind: Literal["jsonl"]
-    path: str = Field(..., description="the file to train on")
-    held_out_path: str | None = Field(None, description="the file to evaluate on; none: the source is not evaluated")
-    prompt_column: str = Field("prompt", description="a string, or a list of {role, content}")
-    reference_column: str | None = Field("answer", description="the reference answer; null where there is none")
-    level_column: str | None = Field(None, description="the difficulty bucket; null puts all in one")
-    weight: float = Field(1.0, gt=0, description="share of this source among all sources")
-    instruction: str = Field("", description="text appended to every question")
+    path: str = Field(description="the file to train on")
+    held_out_path: str | None = Field(
+        default=None, description="the file to evaluate on; none: the source is not evaluated"
+    )
+    prompt_column: str = Field(default="prompt", description="a string, or a list of {role, content}")
+    reference_column: str | None = Field(default="answer", description="the reference answer; null where there is none")
+    level_column: str | None = Field(default=None, description="the difficulty bucket; null puts all in one")
+    weight: float = Field(default=1.0, gt=0, description="share of this source among all sources")
+    instruction: str = Field(default="", description="text appended to every question")
 
 
 class HubSource(Section):
     """Prompts from a Hugging Face dataset."""
 
     kind: Literal["hub"]
-    dataset: str = Field(..., description="a datasets id, such as openai/gsm8k")
-    subset: str | None = Field(None, description="the dataset's configuration name")
-    split: str = Field("train", description="the split to train on")
-    held_out_split: str | None = Field(None, description="the split to evaluate on")
-    prompt_column: str = Field("prompt", description="a string, or a list of {role, content}")
-    reference_column: str | None = Field("answer", description="the reference answer; null where there is none")
-    level_column: str | None = Field(None, description="the difficulty bucket; null puts all in one")
-    weight: float = Field(1.0, gt=0, description="share of this source among all sources")
-    instruction: str = Field("", description="text appended to every question")
+    dataset: str = Field(description="a datasets id, such as openai/gsm8k")
+    subset: str | None = Field(default=None, description="the dataset's configuration name")
+    split: str = Field(default="train", description="the split to train on")
+    held_out_split: str | None = Field(default=None, description="the split to evaluate on")
+    prompt_column: str = Field(default="prompt", description="a string, or a list of {role, content}")
+    reference_column: str | None = Field(default="answer", description="the reference answer; null where there is none")
+    level_column: str | None = Field(default=None, description="the difficulty bucket; null puts all in one")
+    weight: float = Field(default=1.0, gt=0, description="share of this source among all sources")
+    instruction: str = Field(default="", description="text appended to every question")
 
 
 Source = Annotated[ReasoningGymSource | JsonlSource | HubSource, Field(discriminator="kind")]
@@ -79,30 +85,38 @@ Source = Annotated[ReasoningGymSource | JsonlSource | HubSource, Field(discrimin
 class RewardFunction(Section):
     """One reward of the weighted sum."""
 
-    use: str = Field(..., description="a registered name, module:function, or path/to/file.py:function")
-    weight: float = Field(1.0, description="factor in the sum of a trajectory's reward")
-    sources: tuple[str, ...] | None = Field(None, description="sources it judges; null for all")
-    timeout_s: float = Field(10.0, gt=0, description="seconds of execution per completion before the child is killed")
+    use: str = Field(description="a registered name, module:function, or path/to/file.py:function")
+    weight: float = Field(default=1.0, description="factor in the sum of a trajectory's reward")
+    sources: tuple[str, ...] | None = Field(default=None, description="sources it judges; null for all")
+    timeout_s: float = Field(
+        default=10.0, gt=0, description="seconds of execution per completion before the child is killed"
+    )
     params: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the function")
 
 
 class RewardsSection(Section):
     """What a good answer is."""
 
-    functions: dict[str, RewardFunction] = Field(..., min_length=1, description="reward part name -> function")
-    workers: int = Field(1, ge=1, description="child processes that judge, per generator")
-    max_failure_fraction: float = Field(0.2, ge=0, le=1, description="above this share of failures the run stops")
+    functions: dict[str, RewardFunction] = Field(min_length=1, description="reward part name -> function")
+    workers: int = Field(default=1, ge=1, description="child processes that judge, per generator")
+    max_failure_fraction: float = Field(
+        default=0.2, ge=0, le=1, description="above this share of failures the run stops"
+    )
 
 
 class CurriculumSection(Section):
     """Which prompt is worth paying for."""
 
-    name: Literal["band", "uniform"] = Field("band", description="uniform draws without regard to difficulty")
-    band_low: float = Field(0.2, ge=0, le=1, description="lowest pass rate of the target band")
-    band_high: float = Field(0.8, ge=0, le=1, description="highest pass rate of the target band")
-    exploration_fraction: float = Field(0.1, ge=0, le=1, description="share of draws that ignore the beliefs")
-    discount_per_version: float = Field(0.9, gt=0, le=1, description="what a policy version leaves of old evidence")
-    max_uninformative_steps: int = Field(8, ge=1, description="steps' worth of groups without signal before stopping")
+    name: Literal["band", "uniform"] = Field(default="band", description="uniform draws without regard to difficulty")
+    band_low: float = Field(default=0.2, ge=0, le=1, description="lowest pass rate of the target band")
+    band_high: float = Field(default=0.8, ge=0, le=1, description="highest pass rate of the target band")
+    exploration_fraction: float = Field(default=0.1, ge=0, le=1, description="share of draws that ignore the beliefs")
+    discount_per_version: float = Field(
+        default=0.9, gt=0, le=1, description="what a policy version leaves of old evidence"
+    )
+    max_uninformative_steps: int = Field(
+        default=8, ge=1, description="steps' worth of groups without signal before stopping"
+    )
 
     @model_validator(mode="after")
     def _band_is_a_band(self) -> CurriculumSection:
@@ -114,89 +128,95 @@ class CurriculumSection(Section):
 class RolloutSection(Section):
     """How a group is sampled."""
 
-    group_size: int = Field(8, ge=1, description="completions per prompt")
-    max_tokens: int = Field(48, ge=1, description="longest completion, in tokens")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature; the learner's logits are scaled alike")
+    group_size: int = Field(default=8, ge=1, description="completions per prompt")
+    max_tokens: int = Field(default=48, ge=1, description="longest completion, in tokens")
+    temperature: float = Field(
+        default=1.0, gt=0, description="sampling temperature; the learner's logits are scaled alike"
+    )
 
 
 class StalenessSection(Section):
     """How far behind a trajectory's policy may be."""
 
-    max_lag: int = Field(2, ge=0, description="policy versions; 0 is exactly the synchronous loop")
+    max_lag: int = Field(default=2, ge=0, description="policy versions; 0 is exactly the synchronous loop")
 
 
 class AlgorithmSection(Section):
     """The objective, by name, and its few knobs."""
 
-    name: str = Field("cispo", description="a row of learners/algorithms.py")
-    ratio_cap: float = Field(5.0, gt=0, description="upper clip of the importance weight")
+    name: str = Field(default="cispo", description="a row of learners/algorithms.py")
+    ratio_cap: float = Field(default=5.0, gt=0, description="upper clip of the importance weight")
 
 
 class LearnerSection(Section):
     """How the policy is optimised."""
 
-    ranks: int = Field(1, ge=1, description="FSDP2 processes")
-    groups_per_step: int = Field(8, ge=1, description="groups in one optimizer step")
-    micro_batch_tokens: int = Field(2048, ge=16, description="padded tokens of one forward pass, per rank")
-    lr: float = Field(1e-5, ge=0, description="AdamW learning rate after warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decays")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled decay")
-    max_grad_norm: float = Field(1.0, gt=0, description="global norm above which gradients are scaled down")
-    compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of forward and backward")
-    threads_per_rank: int | None = Field(None, ge=1, description="CPU threads; null shares the cores out")
-    max_logprob_gap: float = Field(0.05, gt=0, description="largest mean |gap| to the engine before step 1, nats")
+    ranks: int = Field(default=1, ge=1, description="FSDP2 processes")
+    groups_per_step: int = Field(default=8, ge=1, description="groups in one optimizer step")
+    micro_batch_tokens: int = Field(default=2048, ge=16, description="padded tokens of one forward pass, per rank")
+    lr: float = Field(default=1e-5, ge=0, description="AdamW learning rate after warm-up")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW moment decays")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW decoupled decay")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="global norm above which gradients are scaled down")
+    compute_dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of forward and backward")
+    threads_per_rank: int | None = Field(default=None, ge=1, description="CPU threads; null shares the cores out")
+    max_logprob_gap: float = Field(
+        default=0.05, gt=0, description="largest mean |gap| to the engine before step 1, nats"
+    )
 
 
 class GeneratorsSection(Section):
     """How many engines sample, and how each is built."""
 
-    count: int = Field(1, ge=1, description="engines, one Ray actor each")
-    max_sequences: int = Field(64, ge=1, description="sequences that one engine decodes together")
-    tensor_parallel: int = Field(1, ge=1, description="devices per engine")
-    kv_cache_gib: float = Field(1.0, gt=0, description="cache for keys and values on CPU, in GiB")
-    gpu_memory_fraction: float = Field(0.85, gt=0, le=1, description="share of a GPU that an engine takes")
-    threads: int | None = Field(None, ge=1, description="CPU threads per engine; null shares the cores out")
+    count: int = Field(default=1, ge=1, description="engines, one Ray actor each")
+    max_sequences: int = Field(default=64, ge=1, description="sequences that one engine decodes together")
+    tensor_parallel: int = Field(default=1, ge=1, description="devices per engine")
+    kv_cache_gib: float = Field(default=1.0, gt=0, description="cache for keys and values on CPU, in GiB")
+    gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1, description="share of a GPU that an engine takes")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads per engine; null shares the cores out")
 
 
 class BufferSection(Section):
     """Where trajectories wait."""
 
-    redis: str | None = Field(None, description="redis:// or rediss:// URL; null starts an embedded server")
-    max_bytes: int = Field(1 << 30, ge=1 << 16, description="payload bytes above which admission pauses")
+    redis: str | None = Field(default=None, description="redis:// or rediss:// URL; null starts an embedded server")
+    max_bytes: int = Field(default=1 << 30, ge=1 << 16, description="payload bytes above which admission pauses")
 
 
 class WeightsSection(Section):
     """How a new policy version reaches the generators."""
 
-    backend: Literal["auto", "shared_memory", "nccl"] = Field("auto", description="auto: nccl on cuda")
-    max_canary_gap: float = Field(0.1, gt=0, description="largest mean |gap| on the canary after an update, nats")
+    backend: Literal["auto", "shared_memory", "nccl"] = Field(default="auto", description="auto: nccl on cuda")
+    max_canary_gap: float = Field(
+        default=0.1, gt=0, description="largest mean |gap| on the canary after an update, nats"
+    )
 
 
 class EvaluationSection(Section):
     """Held-out accuracy, greedy by default."""
 
-    every_steps: int = Field(10, ge=1, description="steps between evaluations; also before and after the run")
-    prompts_per_level: int = Field(32, ge=1, description="held-out prompts of each source and level")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    every_steps: int = Field(default=10, ge=1, description="steps between evaluations; also before and after the run")
+    prompts_per_level: int = Field(default=32, ge=1, description="held-out prompts of each source and level")
+    temperature: float = Field(default=0.0, ge=0, description="0 is greedy")
 
 
 class CheckpointSection(Section):
     """What survives."""
 
-    every_steps: int = Field(10, ge=1, description="steps between checkpoints; also at the end")
-    keep: int = Field(2, ge=1, description="complete checkpoints that stay on disk")
+    every_steps: int = Field(default=10, ge=1, description="steps between checkpoints; also at the end")
+    keep: int = Field(default=2, ge=1, description="complete checkpoints that stay on disk")
 
 
 class MonitoringSection(Section):
     """Deadlines of every wait, in seconds, and what is kept to look at."""
 
-    start_deadline_s: float = Field(600.0, gt=0, description="engines and ranks coming up")
-    group_deadline_s: float = Field(600.0, gt=0, description="one group: sample, judge, publish")
-    batch_deadline_s: float = Field(900.0, gt=0, description="a full batch being in the buffer")
-    step_deadline_s: float = Field(900.0, gt=0, description="one optimizer step, or one checkpoint")
-    update_deadline_s: float = Field(300.0, gt=0, description="one weight update on all generators")
-    rollouts_per_step: int = Field(8, ge=0, description="groups written to rollouts/ for people, per step")
+    start_deadline_s: float = Field(default=600.0, gt=0, description="engines and ranks coming up")
+    group_deadline_s: float = Field(default=600.0, gt=0, description="one group: sample, judge, publish")
+    batch_deadline_s: float = Field(default=900.0, gt=0, description="a full batch being in the buffer")
+    step_deadline_s: float = Field(default=900.0, gt=0, description="one optimizer step, or one checkpoint")
+    update_deadline_s: float = Field(default=300.0, gt=0, description="one weight update on all generators")
+    rollouts_per_step: int = Field(default=8, ge=0, description="groups written to rollouts/ for people, per step")
 
 
 class RunConfig(Section):
@@ -204,19 +224,19 @@ class RunConfig(Section):
 
     run: RunSection
     model: ModelSection
-    sources: dict[str, Source] = Field(..., min_length=1)
+    sources: dict[str, Source] = Field(min_length=1)
     rewards: RewardsSection
-    curriculum: CurriculumSection = Field(default_factory=CurriculumSection)
-    rollout: RolloutSection = Field(default_factory=RolloutSection)
-    staleness: StalenessSection = Field(default_factory=StalenessSection)
-    algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection)
-    learner: LearnerSection = Field(default_factory=LearnerSection)
-    generators: GeneratorsSection = Field(default_factory=GeneratorsSection)
-    buffer: BufferSection = Field(default_factory=BufferSection)
-    weights: WeightsSection = Field(default_factory=WeightsSection)
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
-    monitoring: MonitoringSection = Field(default_factory=MonitoringSection)
+    curriculum: CurriculumSection = CurriculumSection()
+    rollout: RolloutSection = RolloutSection()
+    staleness: StalenessSection = StalenessSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    learner: LearnerSection = LearnerSection()
+    generators: GeneratorsSection = GeneratorsSection()
+    buffer: BufferSection = BufferSection()
+    weights: WeightsSection = WeightsSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    monitoring: MonitoringSection = MonitoringSection()
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:

@@ -10,6 +10,17 @@ T = TypeVar("T")
 CANCEL_AGAIN_S = 0.2
 
 
+async def together(*work: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Run coroutines side by side and return their results in order; the first failure cancels the others."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class Crew:
     """Tasks with an owner. A task that raises makes `run` raise the same error; later failures are consequences."""
 

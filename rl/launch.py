@@ -22,6 +22,7 @@ from rl.accounting import RewardWatch, StepAccount
 from rl.buffer import Buffer
 from rl.check import Threads, available_cores, problems, share_threads
 from rl.config import RunConfig
+from rl.crew import together
 from rl.curriculum import Curriculum
 from rl.embedded_redis import EmbeddedRedis
 from rl.parts import Parts, Plan
@@ -257,10 +258,10 @@ async def _start_fleets(
         stack.push_async_callback(fleet.close)
         return fleet
 
-    both = asyncio.gather(generators(), learners())
+    both = together(generators(), learners())
     started = await within(both, config.monitoring.start_deadline_s, "engines and learner ranks to start", "Ray")
     await _introduce(config, *started)
-    return started
+    return started[0], started[1]
 
 
 async def _introduce(config: RunConfig, generators: GeneratorFleet, learners: LearnerFleet) -> None:
@@ -271,7 +272,7 @@ async def _introduce(config: RunConfig, generators: GeneratorFleet, learners: Le
     address, port = await learners.free_port()
     engines, workers = config.generators.count, config.generators.tensor_parallel
     group = NcclGroup(address=address, port=port, engines=engines, workers=workers)
-    met = asyncio.gather(generators.join(group), learners.join(group))
+    met = together(generators.join(group), learners.join(group))
     await within(met, config.monitoring.start_deadline_s, "the nccl group to meet", "generators and learner rank 0")
     generators.send = learners.send
 

@@ -30,14 +30,14 @@ class TerminalProgress:
     """Prints the run's lines; the console decides on colour by whether a terminal is there."""
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
-        self._console = Console(highlight=False, soft_wrap=True) if console is None else console
+        self._console = Console(highlight=False) if console is None else console
         self._steps = steps
         self._step_seconds: list[float] = []
         self._started = time.monotonic()
 
     def note(self, text: str) -> None:
         """One line of plain news, with the seconds since the start."""
-        self._console.print(f"[dim]{time.monotonic() - self._started:6.0f} s[/dim]  {text}")
+        self._console.print(f"[dim]{time.monotonic() - self._started:6.0f} s[/dim]  {text}", soft_wrap=True)
 
     def step(self, step: int, metrics: Metrics, evaluation: Evaluation | None) -> None:
         """The line of one optimizer step: reward, held-out score, lag, speed, idle, time left."""

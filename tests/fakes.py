@@ -8,6 +8,7 @@ import pathlib
 import random
 from collections.abc import Sequence
 
+from actors.rollout import report_of
 from rl.accounting import RewardWatch, StepAccount
 from rl.buffer import Buffer
 from rl.config import CheckpointSection, CurriculumSection, EvaluationSection, MonitoringSection, RunSection
@@ -20,6 +21,7 @@ from rl.run import Run
 from rl.staleness import Gate
 from rl.trajectory import (
     Completion,
+    DropReason,
     Group,
     GroupReport,
     Message,
@@ -83,24 +85,9 @@ def make_group(draw: Draw, rewards: Sequence[float | None], version: int = 0) ->
     )
 
 
-def make_report(group: Group, dropped=None) -> GroupReport:
+def make_report(group: Group, dropped: DropReason | None = None) -> GroupReport:
     """What a generator would report of the group."""
-    return GroupReport(
-        group_id=group.group_id,
-        draw=group.draw,
-        prompt_id=group.prompt.prompt_id,
-        source=group.prompt.source,
-        level=group.prompt.level,
-        dropped=dropped,
-        rewards=group.rewards,
-        parts=tuple(trajectory.parts for trajectory in group.trajectories),
-        completion_tokens=tuple(len(trajectory.completion.token_ids) for trajectory in group.trajectories),
-        truncated=0,
-        oldest_version=group.oldest_version,
-        newest_version=group.oldest_version,
-        seconds={"sample": 1.0},
-        generator=0,
-    )
+    return report_of(group, dropped, {"sample": 1.0}, 0)
 
 
 class FakePrompts:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from rl.crew import Crew
+from rl.crew import Crew, together
 
 
 async def test_the_main_works_result_ends_the_crew_and_the_others_are_cancelled():
@@ -76,3 +76,22 @@ async def test_a_task_that_loses_a_cancellation_is_cancelled_again():
 
     crew.spawn(deaf_once(), "deaf once")
     assert await asyncio.wait_for(crew.run(asyncio.sleep(0, "done"), "main"), 10) == "done"
+
+
+async def test_what_runs_together_gives_its_results_in_order_and_ends_with_its_first_failure():
+    assert await together(asyncio.sleep(0.01, "a"), asyncio.sleep(0, "b")) == ["a", "b"]
+    ended = []
+
+    async def slow():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("slow")
+
+    async def fails():
+        await asyncio.sleep(0)
+        raise ValueError("the first")
+
+    with pytest.raises(ValueError, match="the first"):
+        await together(slow(), fails())
+    assert ended == ["slow"]

@@ -22,7 +22,7 @@ def test_the_cache_of_converted_models_can_be_moved(monkeypatch, tmp_path):
 
 
 def test_every_source_is_judged_by_the_rewards_that_name_it_or_name_none(tmp_path):
-    config = load_config("arithmetic", ["rewards.functions.correct.sources=[sums, operations, divisors, countdown]"])
+    config = load_config("arithmetic", ["rewards.functions.correct.sources=[sums, products, operations, divisors]"])
     threads = share_threads(config, cores=2)
     settings = _generator_settings(config, RunDirectory(tmp_path), threads, "model", "redis://")
     assert set(settings.generator.reward_names) == set(config.sources)
