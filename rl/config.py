@@ -189,7 +189,7 @@ class WeightsSection(Section):
 
     backend: Literal["auto", "shared_memory", "nccl"] = Field(default="auto", description="auto: nccl on cuda")
     max_canary_gap: float = Field(
-        default=0.1, gt=0, description="largest mean |gap| on the canary after an update, nats"
+        default=0.25, gt=0, description="largest mean |gap| on the canary after an update, nats"
     )
 
 
