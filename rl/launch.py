@@ -102,6 +102,8 @@ class _Stopper:
 
 
 def _summary(status: str, run: Run, directory: RunDirectory) -> str:
+    if run.step == 0:
+        return "before the first step; there is nothing to resume"
     if status == "stopped":
         return f"at step {run.step}, checkpoint written; go on with: rl resume {directory.path}"
     return f"{run.step} steps; model in {run_state.folder_of(directory.checkpoints, run.step) / 'export'}"
@@ -131,7 +133,8 @@ async def _assemble(
     progress.note("starting the engines and the learner ranks")
     generators, learners = await _start_fleets(stack, config, directory, threads, model_dir, url)
     if checkpoint:
-        await learners.load(str(checkpoint[0]))
+        load = learners.load(str(checkpoint[0]))
+        await within(load, config.monitoring.step_deadline_s, f"{checkpoint[0].name} to load", "the learner ranks")
     devices = config.generators.count * config.generators.tensor_parallel + config.learner.ranks
     parts = Parts(
         prompts=prompts,

@@ -177,6 +177,8 @@ class Run:
         parts = self.parts
         counts = await self._balanced_counts()
         sampling = parts.curriculum.metrics() | parts.prompts.metrics() | parts.generators.metrics()
+        if self._last_evaluation is not None:
+            sampling |= self._last_evaluation.metrics()
         sampling["weights/version_behind"] = last(self.step - self.sampling_version)
         metrics = parts.account.close(report, counts, sampling)
         parts.recorder.step(report.step, metrics)

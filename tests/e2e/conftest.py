@@ -53,6 +53,10 @@ class RunProcess:
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [row for row in rows if row["event"] == kind]
 
+    def press_ctrl_c(self) -> None:
+        """What a terminal does: the signal reaches the driver and every process that stayed in its group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
     def finish(self, seconds: float = DEADLINE_S) -> int:
         """Wait for the end; returns the exit status."""
         try:
@@ -105,7 +109,9 @@ def rl(tmp_path, model_dir):
             command += [f"model.path={model_dir}", f"run.dir={parent}"]
         with output.open("w") as file:
             environment = {**os.environ, "COLUMNS": "200"}
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
         run = RunProcess(process, parent, output, path)
         started.append(run)
         return run

@@ -38,10 +38,10 @@ def test_a_killed_engine_ends_the_run_as_its_first_error_and_resume_carries_on(r
     assert archived.groupby("group")["step"].nunique().max() == 1, "a group was trained twice"
 
 
-def test_the_first_sigterm_stops_with_a_checkpoint_and_exit_status_0(rl):
+def test_the_first_ctrl_c_stops_with_a_checkpoint_and_exit_status_0(rl):
     run = rl("run", "smoke", *LONG, "checkpoint.every_steps=1000")
     run.await_condition("a step", lambda: run.events("step"))
-    run.process.send_signal(signal.SIGTERM)
+    run.press_ctrl_c()
     assert run.finish(120) == 0, run.output.read_text()
     assert run.outcome["status"] == "stopped"
     assert run.events("checkpoint")[-1]["step"] == run.outcome["step"] >= 1
