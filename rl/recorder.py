@@ -138,7 +138,7 @@ class Recorder:
         import pyarrow
         import pyarrow.parquet
 
-        rows = [row for group in groups for row in archive_rows(group)]
+        rows = [{"step": step, **row} for group in groups for row in archive_rows(group)]
         path = self.directory.archive / f"step_{step:06d}.parquet"
         partial = path.with_suffix(".partial")
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), partial)

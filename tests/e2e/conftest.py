@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -79,9 +78,10 @@ class RunProcess:
         """Living processes of the run, the driver not counted."""
         return marked_processes(self.directory.name)
 
-    def engine_processes(self) -> list[int]:
-        """The vLLM engine's processes."""
-        return [process.pid for process in self.family() if re.search("EngineCore|Worker", _title(process))]
+    def engine_core(self) -> int:
+        """The vLLM engine's scheduling process, which names itself."""
+        (pid,) = [process.pid for process in self.family() if "".join(_cmdline(process)).startswith("VLLM::EngineCore")]
+        return pid
 
     def await_no_family(self, seconds: float = 30) -> None:
         """Fail unless every process of the run ends in time."""
@@ -89,11 +89,12 @@ class RunProcess:
         assert not alive, f"still alive: {[process.cmdline() for process in alive]}"
 
 
-def _title(process: psutil.Process) -> str:
+def _cmdline(process: psutil.Process) -> list[str]:
+    """Empty for a process that has just ended."""
     try:
-        return process.name() + " " + " ".join(process.cmdline())
+        return process.cmdline()
     except psutil.Error:
-        return ""
+        return []
 
 
 @pytest.fixture

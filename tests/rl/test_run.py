@@ -149,6 +149,6 @@ async def test_the_run_directory_holds_a_line_per_step_and_the_archive_every_tra
     metrics = pandas.read_json(tmp_path / "r" / "metrics.jsonl", lines=True)
     assert list(metrics["step"]) == [1, 2, 3, 4]
     archived = pandas.concat(pandas.read_parquet(path) for path in sorted((tmp_path / "r" / "archive").iterdir()))
-    assert archived["group"].nunique() == 8
+    assert archived["group"].nunique() == 8 and set(archived["step"]) == {1, 2, 3, 4}
     shown = pandas.read_json(tmp_path / "r" / "rollouts" / "step_000001.jsonl", lines=True)
     assert {"prompt", "completion", "reward", "versions"} <= set(shown.columns)
