@@ -282,6 +282,8 @@ def _variables(settings: EngineSettings) -> dict[str, str]:
     variables["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
     if settings.device == "cpu":
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # vLLM compiles a few helpers even when eager, which ends a worker where there is no C++ compiler
+        variables["TORCHDYNAMO_DISABLE"] = "1"
         if settings.threads is not None:
             variables["OMP_NUM_THREADS"] = str(settings.threads)
     return variables

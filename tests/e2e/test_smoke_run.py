@@ -83,3 +83,10 @@ def test_a_reward_that_does_not_import_is_refused_before_anything_starts(rl, set
     told = json.loads((run.directory / "outcome.json").read_text())
     assert told["status"] == "refused" and "slow_reward.py" in told["first_error"]["message"]
     assert run.family() == []
+
+
+@pytest.mark.gpu(count=2)
+def test_on_gpus_the_weights_travel_by_nccl_and_are_verified_alike(rl):
+    run = rl("run", "smoke", "model.device=cuda", "learner.ranks=1")
+    assert run.finish() == 0, run.output.read_text()
+    assert [event["version"] for event in run.events("weights_verified")] == [0, 1, 2, 3]

@@ -65,6 +65,11 @@ def test_check_prints_the_arithmetic_and_its_exit_status_tells_of_problems(outsi
     assert bad.exit_code == 2 and "no_such_reward" in bad.output
 
 
+def test_check_does_not_print_a_password(outside):
+    shown = CliRunner().invoke(application, ["check", "smoke", "buffer.redis=redis://me:secret@127.0.0.1:1/0"]).output
+    assert "secret" not in shown and "redis://me:***@127.0.0.1:1/0" in shown
+
+
 def test_check_needs_no_torch():
     code = (
         "import sys; from typer.testing import CliRunner; from rl.cli import application;"
