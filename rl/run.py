@@ -50,6 +50,7 @@ class Run:
         self._admitted = 0
         self._engines = asyncio.Lock()  # held while weights change, or must not
         self._changed = asyncio.Event()  # a group came back, a version arrived, payloads left the buffer
+        self._delivery = asyncio.Event()
         self._published = asyncio.Event()
         self._offered: WeightUpdate | None = None
         self._delivered: WeightUpdate | None = None
@@ -78,8 +79,10 @@ class Run:
                 self._crew.spawn(self._sample_group(await self._draw()), "sampling")
 
     async def _room_to_draw(self) -> None:
-        while self._room() < 1 or not await self.parts.buffer.has_room():
-            self._changed.clear()
+        while True:
+            self._changed.clear()  # before the look, which awaits: a change during it must not be missed
+            if self._room() > 0 and await self.parts.buffer.has_room():
+                return
             await self._changed.wait()
 
     def _room(self) -> int:
@@ -260,6 +263,7 @@ class Run:
                 gaps = [verify(update, receipt, self._delivered, self.plan.max_canary_gap) for receipt in receipts]
                 self._delivered = update
                 self.sampling_version = update.version
+                self._delivery.set()
             self.parts.recorder.event(
                 "weights_verified",
                 version=update.version,
@@ -272,8 +276,8 @@ class Run:
 
     async def _until_delivered(self, version: int) -> None:
         while self._delivered is None or self._delivered.version < version:
-            self._changed.clear()
-            await self._changed.wait()
+            self._delivery.clear()
+            await self._delivery.wait()
 
     # Evaluation, health, checkpoints, end
 
