@@ -336,6 +336,7 @@ def _learner_settings(config: RunConfig, directory: RunDirectory, threads: Threa
     from learners.learner import LearnerSettings
 
     canary = ChatTokenizer(model_dir).render((Message("user", (TextPart(CANARY),)),))
+    canary = canary[: config.max_prompt_tokens]  # an engine scores what it could also answer
     return FleetSettings(
         learner=LearnerSettings(
             run_id=directory.run_id,

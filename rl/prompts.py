@@ -66,8 +66,16 @@ class PromptSources:
             streams[name] = opened._file_levels(name, training, held_out, asked, seed)
         opened._streams = streams
         opened.levels = {name: tuple(streams[name]) for name in sources}
-        opened._cursors = {name: dict.fromkeys(levels, 0) for name, levels in streams.items()}
+        opened._rewind()
+        for name, levels in opened.levels.items():
+            for level in levels:
+                opened.next(name, level)  # a level whose prompts never fit is refused now, not in mid-run
+        opened._rewind()
         return opened
+
+    def _rewind(self) -> None:
+        self._cursors = {name: dict.fromkeys(levels, 0) for name, levels in self._streams.items()}
+        self.refused.clear()
 
     def next(self, source: str, level: str) -> Prompt:
         """The next training prompt. ValueError where an endless source makes only over-long ones."""

@@ -170,11 +170,15 @@ def test_over_long_prompts_of_an_endless_source_are_counted_and_passed_over() ->
     assert sources.metrics()["prompts/refused_too_long/sums"].value == sources.refused["sums"]
 
 
-def test_an_endless_source_with_only_over_long_prompts_stops_with_id_and_lengths() -> None:
-    with pytest.raises(
-        ValueError, match=r"100 prompts in a row of sums/long are longer than 10 tokens.*sums/long/0-.*has 2"
-    ):
-        open_sources(limit=10, sums=SUMS).next("sums", "long")
+def test_an_endless_level_with_only_over_long_prompts_is_refused_at_the_start_with_id_and_lengths() -> None:
+    expected = r"100 prompts in a row of sums/one_digit are longer than 10 tokens.*sums/one_digit/0-.*has 1"
+    with pytest.raises(ValueError, match=expected):
+        open_sources(limit=10, sums=SUMS)
+
+
+def test_the_look_at_each_level_at_the_start_draws_nothing() -> None:
+    sources = open_sources(sums=SUMS)
+    assert all(count == 0 for levels in sources.state_dict()["cursors"].values() for count in levels.values())
 
 
 # files
