@@ -16,10 +16,12 @@ from rich.markup import escape
 from rl.config import RunConfig
 from rl.config_loading import dump_config, load_config
 from rl.recorder import RunDirectory
+from rl.replay import TOLERANCE
 from rl.run_outcome import Outcome, write_outcome
 
 application = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 ConfigArgument = Annotated[str, typer.Argument(help="a YAML file, or the bare name of one in configs/")]
+RunArgument = Annotated[str, typer.Argument(help="a run id under runs/, or a run directory")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value, any number")]
 
 EXIT_BAD_INPUT = 2
@@ -64,7 +66,10 @@ def run(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @application.command()
-def resume(run: Annotated[str, typer.Argument(help="a run id under runs/, or a run directory")]) -> None:
+def resume(
+    run: Annotated[str, typer.Argument(help="a run id under runs/, or a run directory")],
+    step: Annotated[int | None, typer.Option(help="an older checkpoint; those after it are removed")] = None,
+) -> None:
     """Go on from a run's newest complete checkpoint, with the very batches that came after it."""
     console = Console(highlight=False)
     directory = RunDirectory(run if pathlib.Path(run).is_dir() else pathlib.Path("runs") / run)
@@ -77,18 +82,139 @@ def resume(run: Annotated[str, typer.Argument(help="a run id under runs/, or a r
         settings = load_config(str(directory.config), [])
     except ValueError as error:
         raise _refuse(error, console, directory) from None
-    raise typer.Exit(_launch(settings, directory, console, resume=True))
+    raise typer.Exit(_launch(settings, directory, console, resume=True, step=step))
 
 
-def _launch(settings: RunConfig, directory: RunDirectory, console: Console, resume: bool) -> int:
+def _launch(
+    settings: RunConfig, directory: RunDirectory, console: Console, resume: bool, step: int | None = None
+) -> int:
+    from rl.control import AlreadyRunning
     from rl.launch import launch
 
-    outcome = asyncio.run(launch(settings, directory, console, resume))
+    try:
+        outcome = asyncio.run(launch(settings, directory, console, resume, step))
+    except AlreadyRunning as error:  # the directory is that run's, its outcome too
+        console.print(f"[bold red]refused[/bold red]  {escape(str(error))}", soft_wrap=True)
+        return EXIT_BAD_INPUT
     write_outcome(directory, outcome)
     colour = {"finished": "green", "stopped": "yellow"}.get(outcome.status, "red")
     console.print(f"[bold {colour}]{outcome.status}[/bold {colour}]  {escape(outcome.summary)}", soft_wrap=True)
     console.print(f"[dim]{directory.path}[/dim]", soft_wrap=True)
     return outcome.exit_status
+
+
+@application.command()
+def scale(
+    run: Annotated[str, typer.Argument(help="a run id under runs/, or a run directory")],
+    change: Annotated[str, typer.Argument(help="generators=N, the number of engines to sample with")],
+) -> None:
+    """Have a run that is under way go on with more or fewer generators."""
+    from rl.control import NoAnswer, ask
+
+    console = Console(highlight=False)
+    directory = RunDirectory(run if pathlib.Path(run).is_dir() else pathlib.Path("runs") / run)
+    try:
+        answer = ask(directory.path, {"kind": "scale", **_scaled(change)})
+    except NoAnswer as error:
+        console.print(f"[bold red]no answer[/bold red]  {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except (ValueError, OSError) as error:
+        console.print(f"[bold red]refused[/bold red]  {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    verdict = "[bold green]accepted[/bold green]" if answer.accepted else "[bold red]refused[/bold red]"
+    console.print(f"{verdict}  {escape(answer.text)}", soft_wrap=True)
+    raise typer.Exit(0 if answer.accepted else EXIT_BAD_INPUT)
+
+
+def _scaled(change: str) -> dict[str, int]:
+    """What `generators=3` asks for. Raises ValueError for anything else."""
+    name, _, count = change.partition("=")
+    if name != "generators":
+        raise ValueError(f"{name or 'nothing'} cannot be scaled while a run is under way; generators can: generators=3")
+    if not count.isascii() or not count.isdecimal() or int(count) < 1:
+        raise ValueError(f"generators={count} is no number of generators; give a whole number of 1 or more")
+    return {name: int(count)}
+
+
+def _recorded(run: str) -> RunDirectory:
+    """The directory of a run that was started. Raises ValueError where there is none."""
+    directory = RunDirectory(run if pathlib.Path(run).is_dir() else pathlib.Path("runs") / run)
+    if not directory.config.exists():
+        raise ValueError(f"{directory.config} does not exist; name a run directory, or a run id under runs/")
+    return directory
+
+
+@application.command()
+def replay(
+    run: RunArgument,
+    step: Annotated[int, typer.Option(min=1, help="the step whose loss to compute again")],
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="largest difference of the losses, relative to the sum of the tokens' |losses|. On the machine that "
+            "trained the difference is 0, bit for bit, or next to it; where bf16 rounds otherwise (other hardware or "
+            "libraries) allow 1e-3 from a checkpoint, 1e-2 if steps are trained again",
+        ),
+    ] = TOLERANCE,
+) -> None:
+    """Compute a step's loss again, from archive and checkpoint, and compare it with the recorded one.
+
+    Archived steps between the newest checkpoint before it and the step are trained again.
+
+    It only reads, so the run may be going on. Exit status 0: agrees, 1: differs, 2: cannot be computed.
+    """
+    from rl.replay import plan_replay, render
+
+    console = Console(highlight=False)
+    try:
+        directory = _recorded(run)
+        settings = load_config(str(directory.config), [])
+        plan = plan_replay(directory, step)
+        for problem in plan.passed_over:
+            console.print(f"[yellow]passed over[/yellow]  {escape(problem)}", soft_wrap=True)
+        start = plan.checkpoint.name if plan.checkpoint else "the starting model"
+        console.print(f"[dim]from {start}: {len(plan.steps)} step(s) to compute[/dim]")
+        from rl.launch import replay as make_again
+
+        replayed = make_again(settings, directory, plan, tolerance)
+    except (ValueError, OSError) as error:
+        console.print(f"[bold red]refused[/bold red]  {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    console.print(render(replayed))
+    raise typer.Exit(0 if replayed.agrees else 1)
+
+
+@application.command()
+def lineage(
+    run: RunArgument,
+    step: Annotated[int | None, typer.Option(help="an optimizer step")] = None,
+    group: Annotated[str | None, typer.Option(help="a group id, or the number of its draw")] = None,
+    prompt: Annotated[str | None, typer.Option(help="a prompt id")] = None,
+    version: Annotated[int | None, typer.Option(help="a policy version")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Tell where a step, a group, a prompt or a policy version came from, and what became of it."""
+    import msgspec
+
+    from rl.lineage import Genealogist
+    from rl.lineage_view import render
+
+    console = Console(highlight=False)
+    asked = {"step": step, "group": group, "prompt": prompt, "version": version}
+    chosen = [(kind, what) for kind, what in asked.items() if what is not None]
+    try:
+        if len(chosen) != 1:
+            raise ValueError("ask for exactly one of --step, --group, --prompt and --version")
+        ((kind, what),) = chosen
+        answer = getattr(Genealogist(_recorded(run)), kind)(what)
+    except (ValueError, OSError) as error:
+        console.print(f"[bold red]refused[/bold red]  {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(answer)).decode())
+    else:
+        console.print(render(answer))
 
 
 @application.command()

@@ -30,6 +30,7 @@ OUR_PACKAGES = ("rl", "actors", "learners", "rewards")
 SHADOWABLE = ("ray", "torch", "vllm", "transformers", "datasets", "redis", "msgspec", "pydantic", "reasoning_gym")
 CUDA_TRAPS = ("torchvision", "torchaudio", "torchcodec")
 GIB = 1 << 30
+CAP_SYS_PTRACE = 19  # linux/capability.h
 
 Severity = Literal["ok", "warning", "error"]
 
@@ -120,6 +121,17 @@ def judge_gpus(gpus: tuple[str, ...], config: RunConfig) -> Finding:
     return Finding("gpus", "ok", f"{len(gpus)} here, {needed} needed" + (f": {gpus[0]}" if gpus else ""))
 
 
+def judge_stacks(scope: int, capable: bool) -> Finding:
+    """Whether a stall report can show stacks: kernel.yama.ptrace_scope against the capability SYS_PTRACE."""
+    if scope == 0 or (capable and scope < 3):
+        return Finding("stacks", "ok", "a stall report can show where each process is")
+    fact = f"kernel.yama.ptrace_scope is {scope}: a stall report will lack the stacks of all processes but the driver"
+    if scope >= 3:  # the kernel takes no other value back
+        return Finding("stacks", "warning", fact, "boot with a lower kernel.yama.ptrace_scope; runs work without")
+    fix = "sysctl kernel.yama.ptrace_scope=0, or start the container with --cap-add SYS_PTRACE; runs work without"
+    return Finding("stacks", "warning", fact, fix)
+
+
 def judge_space(name: str, free: int, needed: int | None, fix: str) -> Finding:
     """Bytes free against bytes needed (None: unknown, because the model's size is)."""
     if needed is None:
@@ -143,6 +155,7 @@ def examine(config: RunConfig) -> list[Finding]:
         *_space_findings(config, parameters),
         redis_finding(config),
         port_finding(),
+        judge_stacks(ptrace_scope(), may_trace()),
     ]
 
 
@@ -208,6 +221,24 @@ def port_finding() -> Finding:
         fix = "allow listening on 127.0.0.1; Ray, Redis and the engines talk over it"
         return Finding("ports", "error", f"cannot listen on loopback: {error}", fix)
     return Finding("ports", "ok", "loopback has free ports")
+
+
+def ptrace_scope() -> int:
+    """Whom the kernel lets read another process: 0 the same user, 1 an ancestor, 2 SYS_PTRACE, 3 nobody."""
+    try:
+        return int(pathlib.Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
+    except (OSError, ValueError):  # a kernel without Yama restricts nothing
+        return 0
+
+
+def may_trace() -> bool:
+    """Whether this process has the capability SYS_PTRACE; a container's root has not by default."""
+    try:
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        effective = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff:"))
+    except (OSError, StopIteration):  # no Linux
+        return False
+    return bool(effective >> CAP_SYS_PTRACE & 1)
 
 
 def available_memory() -> int:

@@ -1,9 +1,16 @@
-"""This file gives every wait a name and a deadline, so that a stuck run says what it waits for, and from whom."""
+"""This file gives every wait a name and a deadline, so that a stuck run says what it waits for, and from whom.
+
+Waits that last are listed in `WAITS`: a stall report (rl/stall_report.py) shows what the whole driver waits for, not
+only the one wait that expired first.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import time
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,8 +29,46 @@ class WaitExpired(RuntimeError):
         self.seconds = seconds
 
 
-async def within(awaitable: Awaitable[T], seconds: float, what: str, whom: str = "") -> T:
-    """Await for at most `seconds`; the awaitable is cancelled when they have passed.
+@dataclass(frozen=True, eq=False)  # two waits with the same words are still two
+class Wait:
+    """One wait that lasts: for what, from whom ("" if nobody is named), since when (monotonic), its deadline."""
+
+    what: str
+    whom: str
+    since: float
+    seconds: float
+
+    def age_s(self, now: float) -> float:
+        """Seconds it has lasted at the monotonic moment `now`."""
+        return now - self.since
+
+
+class Waits:
+    """The waits of one process that last at this moment."""
+
+    def __init__(self) -> None:
+        self._pending: dict[Wait, None] = {}  # in the order in which they began
+
+    @contextmanager
+    def listed(self, what: str, whom: str, seconds: float) -> Iterator[Wait]:
+        """List a wait while the block runs."""
+        wait = Wait(what, whom, time.monotonic(), seconds)
+        self._pending[wait] = None
+        try:
+            yield wait
+        finally:
+            del self._pending[wait]
+
+    def pending(self) -> list[Wait]:
+        """The waits that last, the oldest first."""
+        return list(self._pending)
+
+
+WAITS = Waits()
+
+
+async def within(awaitable: Awaitable[T], seconds: float, what: str, whom: str = "", waits: Waits = WAITS) -> T:
+    """Await for at most `seconds`, listed in `waits`; the awaitable is cancelled when they have passed.
 
     Raises:
         WaitExpired: naming what was awaited, from whom and for how long. A TimeoutError that the awaitable raised
@@ -31,8 +76,9 @@ async def within(awaitable: Awaitable[T], seconds: float, what: str, whom: str =
     """
     deadline = asyncio.timeout(seconds)
     try:
-        async with deadline:
-            return await awaitable
+        with waits.listed(what, whom, seconds):
+            async with deadline:
+                return await awaitable
     except TimeoutError:
         if deadline.expired():
             raise WaitExpired(what, whom, seconds) from None

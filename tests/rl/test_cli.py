@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
 import pathlib
 import subprocess
 import sys
+import threading
 
 import pytest
 from typer.testing import CliRunner
 
 from rl.cli import application, new_run_id
+from rl.control import announce, ask
+from rl.recorder import RunDirectory
+from rl.run_outcome import Outcome, write_outcome
 
 BAD_INPUT = {
     "unknown key": (["staleness.max_lagg=1"], "max_lag"),
@@ -56,6 +62,73 @@ def test_a_run_directory_that_cannot_be_made_is_refused(outside):
 def test_resuming_what_never_ran_is_refused(outside):
     result = CliRunner().invoke(application, ["resume", "nothing"])
     assert result.exit_code == 2 and "config.yaml does not exist" in result.output
+
+
+@pytest.fixture
+def driven(outside):
+    """A run with a driver, in a thread, that allows up to four generators."""
+
+    async def scale(request):
+        if request["generators"] > 4:
+            raise ValueError("4 GPUs are here")
+        return f"starting up to {request['generators']} generators"
+
+    async def drive() -> None:
+        with announce(directory) as desk:
+            serving = asyncio.create_task(desk.serve({"scale": scale}, lambda kind, answer: None, 0.01))
+            ready.set()
+            await asyncio.to_thread(done.wait)
+            serving.cancel()
+
+    directory = pathlib.Path("runs/a-run").absolute()
+    directory.mkdir(parents=True)
+    ready, done = threading.Event(), threading.Event()
+    thread = threading.Thread(target=asyncio.run, args=(drive(),))
+    thread.start()
+    assert ready.wait(20)
+    yield directory
+    done.set()
+    thread.join()
+
+
+def test_scaling_a_run_under_way_prints_the_drivers_answer(driven):
+    for name in ("a-run", str(driven)):
+        result = CliRunner().invoke(application, ["scale", name, "generators=3"])
+        assert result.exit_code == 0 and "accepted  starting up to 3 generators" in result.output
+    refused = CliRunner().invoke(application, ["scale", "a-run", "generators=9"])
+    assert refused.exit_code == 2 and "refused  4 GPUs are here" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("ranks=2", "ranks cannot be scaled while a run is under way; generators can"),
+        ("generators=0", "whole number of 1 or more"),
+        ("generators=-1", "whole number of 1 or more"),
+        ("generators=two", "whole number of 1 or more"),
+        ("generators", "whole number of 1 or more"),
+        ("=3", "nothing cannot be scaled"),
+    ],
+)
+def test_what_cannot_be_scaled_is_refused_before_the_driver_is_asked(outside, change, told):
+    result = CliRunner().invoke(application, ["scale", "nothing", "--", change])
+    assert result.exit_code == 2 and told in result.output
+
+
+def test_a_driver_that_does_not_answer_is_no_refusal(driven, monkeypatch):
+    monkeypatch.setattr("rl.control.ask", functools.partial(ask, seconds=0))
+    result = CliRunner().invoke(application, ["scale", "a-run", "generators=3"])
+    assert result.exit_code == 1 and "no answer" in result.output and "kill -USR1" in result.output
+
+
+def test_scaling_a_run_that_has_ended_says_so(outside):
+    result = CliRunner().invoke(application, ["scale", "a-run", "generators=3"])
+    assert result.exit_code == 2 and "a-run is not running" in result.output
+    directory = RunDirectory("runs/a-run")
+    directory.create()
+    write_outcome(directory, Outcome(status="finished", step=12))
+    result = CliRunner().invoke(application, ["scale", "a-run", "generators=3"])
+    assert result.exit_code == 2 and "not running: it is finished at step 12" in result.output
 
 
 def test_check_prints_the_arithmetic_and_its_exit_status_tells_of_problems(outside):

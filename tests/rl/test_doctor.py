@@ -93,6 +93,23 @@ def test_space_is_compared_with_the_need(free, needed, severity):
     assert bool(finding.fix) == (severity == "error")
 
 
+@pytest.mark.parametrize(
+    ("scope", "capable", "severity"),
+    [
+        (0, False, "ok"),
+        (1, True, "ok"),
+        (1, False, "warning"),
+        (2, True, "ok"),
+        (2, False, "warning"),
+        (3, True, "warning"),
+    ],
+)
+def test_a_kernel_that_hides_stacks_is_a_warning_with_its_fix(scope, capable, severity):
+    finding = doctor.judge_stacks(scope, capable)
+    assert finding.severity == severity
+    assert bool(finding.fix) == (severity == "warning") and ("ptrace_scope" in finding.fact) == (severity == "warning")
+
+
 def test_an_embedded_redis_needs_its_binary_and_a_configured_one_does_not(config, monkeypatch):
     def nothing_found() -> str:
         raise ValueError("no redis-server was found")
@@ -118,7 +135,7 @@ def test_gpus_are_listed_as_the_driver_says(monkeypatch, tmp_path):
 def test_this_machine_is_examined_from_python_to_ports(config):
     findings = doctor.examine(config)
     names = {finding.name for finding in findings}
-    assert {"python", "imports", "cores", "gpus", "memory", "disk", "redis", "ports"} <= names
+    assert {"python", "imports", "cores", "gpus", "memory", "disk", "redis", "ports", "stacks"} <= names
     assert all(finding.fix for finding in findings if finding.severity != "ok")
 
 
