@@ -5,6 +5,7 @@ Shapes: N answer tokens of the whole batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -17,7 +18,10 @@ from rl.metrics import Metrics, highest, mean, total
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What is kept of each trained token, fp64 [N]: log π, log μ, entropy (nats), lag, advantage, clipped (0 or 1)."""
+    """What is kept of each trained token, fp64 [N].
+
+    log π, log μ and entropy in nats; lag in versions; advantage; clipped, 0 or 1; the loss before it is normalised.
+    """
 
     logprobs_N: Tensor
     behaviour_N: Tensor
@@ -25,6 +29,7 @@ class TokenFacts:
     lags_N: Tensor
     advantages_N: Tensor
     clipped_N: Tensor
+    loss_N: Tensor
 
     @property
     def gaps_N(self) -> Tensor:
@@ -70,4 +75,17 @@ def health(facts: TokenFacts) -> Metrics:
         "policy/lag_max/versions": highest(facts.lags_N.max()),
         "learner/trained/tokens": total(count),
         "learner/useful/tokens": total((facts.advantages_N != 0).sum()),
+    }
+
+
+def objective(facts: TokenFacts, normaliser: float) -> Metrics:
+    """The scalar that the step minimises, and the size of its terms, beside which a difference can be judged.
+
+    Gains and losses cancel nearly, so the loss alone says little about its own rounding. fsum is exact, so that the
+    order of tokens, which differs with micro-batches and ranks, does not show.
+    """
+    losses = facts.loss_N.tolist() if facts.loss_N.isfinite().all() else [math.nan]  # fsum refuses infinities
+    return {
+        "learner/loss": mean(math.fsum(losses) / normaliser, normaliser),
+        "learner/loss_abs": mean(math.fsum(map(abs, losses)) / normaliser, normaliser),
     }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -16,21 +17,40 @@ from rl.metrics import Metrics, values
 from rl.trajectory import Group
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Replace a file whole: a reader, or a crash, sees the old text or the new one, never a part.
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
+    """Replace a file whole and durably: a reader, or a crash, sees the old content or the new one, never a part.
 
     Raises:
         OSError: the disk is full or the folder is not writable; the old file is then unharmed.
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # a rename is durable only once its folder is
+    finally:
+        os.close(folder)
+
+
+def read_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Each line of a line file and its object: None where a crash, or a writer still at work, cut the line."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+            if line.strip():
+                yield line.rstrip("\n"), row if isinstance(row, dict) else None
 
 
 class RunDirectory:
@@ -74,6 +94,13 @@ class RunDirectory:
         """The embedded Redis server's data."""
         return self.path / "redis"
 
+    def owner(self) -> str:
+        """A token that tells this run's keys in Redis from those of another run of the same id."""
+        path = self.path / "owner"
+        if not path.exists():
+            write_atomically(path, secrets.token_hex(16))
+        return path.read_text()
+
     def create(self) -> None:
         """Make the folders. Raises OSError where the parent is not writable."""
         for folder in (self.path, self.checkpoints, self.archive, self.logs, self.path / "rollouts"):
@@ -86,9 +113,14 @@ class Recorder:
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
 
-    def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        with (self.directory.path / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def _append(self, name: str, row: Mapping[str, Any], durably: bool = False) -> None:
+        with (self.directory.path / name).open("a+b") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")  # a crash cut the last line; what comes now must not be lost with it
+            file.write(json.dumps(row).encode() + b"\n")
+            if durably:
+                file.flush()
+                os.fsync(file.fileno())
 
     def event(self, kind: str, **facts: Any) -> None:
         """One line of events.jsonl: what happened, when, and its facts."""
@@ -104,22 +136,51 @@ class Recorder:
 
     def ledger(self, step: int, version: int, group_ids: Iterable[str]) -> None:
         """Write down, durably and before the optimizer moves, which groups step `step` trains on."""
-        with (self.directory.path / "ledger.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "version": version, "groups": list(group_ids)}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._append("ledger.jsonl", {"step": step, "version": version, "groups": list(group_ids)}, durably=True)
 
     def read_ledger(self) -> dict[int, tuple[str, ...]]:
-        """Step -> group ids, as far as lines are whole; a step written twice counts as last written."""
+        """Step -> group ids; a step written twice counts as last written, and a line that a crash cut never began.
+
+        Raises:
+            ValueError: an unreadable line is no cut one, for later steps follow it and its own is in no other line.
+        """
         path = self.directory.path / "ledger.jsonl"
         steps: dict[int, tuple[str, ...]] = {}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break  # a crash cut the last line: that step never began
-            steps[row["step"]] = tuple(row["groups"])
+        unreadable = 0
+        for _, row in read_rows(path):
+            if row is None:
+                unreadable += 1
+            else:
+                steps[row["step"]] = tuple(row["groups"])
+        missing = set(range(min(steps, default=0), max(steps, default=0))) - steps.keys()
+        if unreadable and missing:
+            raise ValueError(
+                f"{path} has {unreadable} unreadable line(s), and nothing says what step {min(missing)} trained on, "
+                f"though step {max(steps)} came after it; restore the file from a backup"
+            )
         return steps
+
+    def rewind(self, step: int) -> None:
+        """Forget, in metrics and evaluations, what came after `step`: those steps are about to be made again.
+
+        Their rows move to metrics_rolled_back.jsonl and evaluations_rolled_back.jsonl, where a line that a crash cut
+        stands as {"unreadable": its text}. The ledger and the events stay: they tell what was done, also in vain.
+        """
+        for name in ("metrics", "evaluations"):
+            path = self.directory.path / f"{name}.jsonl"
+            kept, gone = [], []
+            for line, row in read_rows(path):
+                if row is not None and row["step"] <= step:
+                    kept.append(line)
+                else:
+                    gone.append(line if row is not None else json.dumps({"unreadable": line}))
+            if not gone:
+                continue
+            away = self.directory.path / f"{name}_rolled_back.jsonl"
+            before = [line for line, _ in read_rows(away)]
+            known = set(before)  # a crash between the two writes left the rows in both files
+            write_atomically(away, _joined(before + [line for line in gone if line not in known]))
+            write_atomically(path, _joined(kept))
 
     def rollouts(self, step: int, groups: Iterable[Group]) -> None:
         """rollouts/step_N.jsonl: one row per answer, with its text, reward parts, versions and mean log-probability."""
@@ -129,20 +190,9 @@ class Recorder:
                 for row in rollout_rows(group):
                     file.write(json.dumps({"step": step, **row}) + "\n")
 
-    def archive(self, step: int, groups: Iterable[Group]) -> None:
-        """archive/step_N.parquet: everything a later replay of the step needs, one row per answer.
 
-        Raises:
-            OSError: the file could not be written; nothing was committed then, so nothing is lost.
-        """
-        import pyarrow
-        import pyarrow.parquet
-
-        rows = [{"step": step, **row} for group in groups for row in archive_rows(group)]
-        path = self.directory.archive / f"step_{step:06d}.parquet"
-        partial = path.with_suffix(".partial")
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), partial)
-        partial.replace(path)
+def _joined(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
 def rollout_rows(group: Group) -> list[dict[str, Any]]:
@@ -162,21 +212,7 @@ def rollout_rows(group: Group) -> list[dict[str, Any]]:
             "finish_reason": trajectory.completion.finish_reason,
             "tokens": len(trajectory.completion.token_ids),
             "versions": [[span.version, span.start, span.end] for span in trajectory.completion.spans],
-            "mean_logprob": sum(trajectory.completion.logprobs) / len(trajectory.completion.logprobs),
+            "mean_logprob": sum(trajectory.completion.logprobs) / max(1, len(trajectory.completion.logprobs)),
         }
         for trajectory in group.trajectories
     ]
-
-
-def archive_rows(group: Group) -> list[dict[str, Any]]:
-    """One complete row per answer of a group: token ids and log-probabilities beside what people read."""
-    rows = rollout_rows(group)
-    for row, trajectory in zip(rows, group.trajectories, strict=True):
-        row["draw"] = group.draw
-        row["prompt_token_ids"] = list(group.prompt.token_ids)
-        row["token_ids"] = list(trajectory.completion.token_ids)
-        row["logprobs"] = list(trajectory.completion.logprobs)
-        row["reward_versions"] = json.dumps({part.name: part.reward_version for part in trajectory.parts})
-        row["parts"] = json.dumps(row["parts"])
-        row["failures"] = json.dumps(row["failures"])
-    return rows

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from learners.policy_health import TokenFacts, health
+from learners.policy_health import TokenFacts, health, objective
 from learners.stopwatch import Stopwatch
 
 
-def facts(log_ratios, lags=None, advantages=None):
+def facts(log_ratios, lags=None, advantages=None, losses=None):
     zeros = torch.zeros(len(log_ratios), dtype=torch.float64)
     return TokenFacts(
         logprobs_N=torch.tensor(log_ratios, dtype=torch.float64) - 1,
@@ -20,6 +20,7 @@ def facts(log_ratios, lags=None, advantages=None):
         lags_N=zeros if lags is None else torch.tensor(lags, dtype=torch.float64),
         advantages_N=zeros if advantages is None else torch.tensor(advantages, dtype=torch.float64),
         clipped_N=zeros,
+        loss_N=zeros if losses is None else torch.tensor(losses, dtype=torch.float64),
     )
 
 
@@ -53,3 +54,16 @@ def test_a_stopwatch_hands_its_seconds_over_once_and_counts_what_raised():
         raise KeyError
     assert stopwatch.take()["forward"] >= 0
     assert stopwatch.take() == {}
+
+
+def test_the_objective_is_the_normalised_sum_in_whatever_order_the_tokens_come():
+    losses = [1e16, 0.1, -1e16, 0.2, -0.6]
+    found = objective(facts([0.0] * 5, losses=losses), 2.0)
+    assert found["learner/loss"].value == math.fsum(losses) / 2 == pytest.approx(-0.15)
+    assert found["learner/loss_abs"].value == pytest.approx(1e16)
+    assert objective(facts([0.0] * 5, losses=losses[::-1]), 2.0) == found
+
+
+def test_an_objective_that_is_not_finite_is_not_a_number():
+    found = objective(facts([0.0] * 2, losses=[math.inf, -math.inf]), 2.0)
+    assert math.isnan(found["learner/loss"].value)
