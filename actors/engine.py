@@ -15,7 +15,7 @@ from rl.weights import NcclGroup, TensorDigest, WeightUpdate
 
 
 class EngineDied(RuntimeError):
-    """A process of an engine ended without being asked to; the engine answers nothing any more."""
+    """A process of an engine ended without being asked to, or hangs; the engine answers nothing any more."""
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +65,11 @@ class Engine(Protocol):
         """The policy version that new tokens are stamped with."""
         ...
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Ids of the engine's processes, this one not counted."""
+        ...
+
     async def sample(self, request: SampleRequest) -> tuple[Completion, ...]:
         """Answer one prompt, among whatever else is running. ValueError if prompt and answer exceed the context."""
         ...
@@ -89,8 +94,15 @@ class Engine(Protocol):
         """
         ...
 
-    async def check_alive(self) -> None:
-        """Raise EngineDied if the engine can answer no more."""
+    async def watch(self) -> None:
+        """Raise EngineDied as soon as a process of the engine is gone; until then this does not return."""
+        ...
+
+    async def probe(self, seconds: float) -> None:
+        """Have every worker answer, among whatever else is running. Raises EngineDied if one does not for `seconds`.
+
+        An engine answers between two things it does, so `seconds` must exceed the longest: a step, a weight load.
+        """
         ...
 
     async def stop(self) -> None:

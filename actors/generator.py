@@ -2,13 +2,14 @@
 
     Draw -> engine.sample -> scorer.judge_group -> drop reason, or buffer.put -> GroupReport
 
-It is a plain class; `fleet.py` puts it into a Ray actor.
+It is a plain class; `generator_process.py` puts it into a Ray actor.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,9 @@ from rl.weights import NcclGroup, UpdateReceipt, WeightUpdate
 
 class Judge(Protocol):
     """What a generator needs of rewards.scorer.Scorer."""
+
+    @property
+    def pids(self) -> tuple[int, ...]: ...
 
     async def judge_group(self, requests: Sequence[JudgeRequest]) -> tuple[tuple[PartResult, ...], ...]: ...
 
@@ -109,21 +113,24 @@ class Generator:
         )
         return [graded_of(prompt, trajectory) for prompt, (trajectory,) in zip(prompts, judged, strict=True)]
 
-    async def join(self, group: NcclGroup) -> None:
-        """Meet the sender of the nccl backend; the sender must be joining at the same time."""
-        await self._engine.join(group, self.index)
+    async def join(self, group: NcclGroup, place: int) -> None:
+        """Meet the sender of the nccl backend, as engine `place` of the group; the sender must be joining too."""
+        await self._engine.join(group, place)
 
     async def update(self, update: WeightUpdate, payload: bytes | memoryview | None = None) -> UpdateReceipt:
         """Load a policy version and score the canary with it; `rl.weights.verify` judges the receipt.
 
         payload holds the file's bytes where update.path lies on another node. Raises WeightUpdateError, with the
-        version unmoved, where the weights did not arrive whole.
+        version unmoved, where the weights did not arrive whole, and FileNotFoundError where the learners have removed
+        the file because they have written newer ones.
         """
         async with contextlib.AsyncExitStack() as stack:
             if payload is not None:
                 path = await asyncio.to_thread(self._write, update.version, payload)
                 stack.callback(path.unlink, missing_ok=True)
                 update = msgspec.structs.replace(update, path=str(path))
+            if update.path is not None and not await asyncio.to_thread(os.path.exists, update.path):
+                raise FileNotFoundError(f"policy version {update.version} is no longer at {update.path}")
             receipt = await self._engine.load(update)
         seconds = dict(receipt.seconds)
         with _timed(seconds, "canary"):
@@ -137,9 +144,17 @@ class Generator:
             generator=self.index,
         )
 
-    async def check(self) -> None:
-        """Raise EngineDied if the engine can answer no more."""
-        await self._engine.check_alive()
+    async def watch(self) -> None:
+        """Raise EngineDied as soon as a process of the engine is gone; until then this does not return."""
+        await self._engine.watch()
+
+    async def beat(self, seconds: float) -> tuple[int, ...]:
+        """A sign of life of this process and of its engine, down to the workers; returns the ids of its processes.
+
+        Raises EngineDied where the engine is dead, or does not answer for `seconds`.
+        """
+        await self._engine.probe(seconds)
+        return (os.getpid(), *self._engine.pids, *self._scorer.pids)
 
     async def close(self) -> None:
         """End the engine, the scorer's children and the buffer's connection; one failing does not keep the others."""

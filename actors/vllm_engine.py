@@ -28,6 +28,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from actors.engine import EngineDied, EngineSettings, LoadReceipt, SampleRequest
+from actors.heartbeat import Silent, answered
 from actors.watched_process import WatchedProcess
 from actors.weight_receiver import BACKENDS
 from rl.trajectory import Completion, VersionSpan
@@ -141,9 +142,17 @@ class VllmEngine:
                 await self._alive(self._llm.resume_generation())
         return LoadReceipt(version=update.version, tensors=received, missing=(), seconds=seconds)
 
-    async def check_alive(self) -> None:
-        if self._dead:
-            raise self._died()
+    async def watch(self) -> None:
+        await asyncio.wait(self._deaths, return_when=asyncio.FIRST_COMPLETED)
+        raise self._died()
+
+    async def probe(self, seconds: float) -> None:
+        try:
+            await answered(self._alive(self._llm.collective_rpc("slipstream_processes")), seconds)
+        except Silent as silence:
+            raise EngineDied(
+                f"the engine of {self.settings.name} hangs: {silence} to a probe of its workers"
+            ) from silence
 
     async def stop(self) -> None:
         if self._llm.output_handler is not None:

@@ -1,58 +1,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pathlib
 
 import msgspec
 import pytest
 
 from actors.engine import EngineDied
-from actors.generator import Generator, GeneratorSettings
-from rewards.scorer import JudgeRequest, PartResult
-from rl.buffer import OversizeGroup
+from actors.generator import Generator
 from rl.orders import Draw
-from rl.trajectory import Group
 from rl.weights import NcclGroup, TensorDigest, WeightUpdate, WeightUpdateError, combined, verify
 from tests.fakes import make_prompt
-from tests.fakes_engine import FakeEngine
+from tests.fakes_engine import FakeBuffer, FakeEngine, FakeScorer, generator_settings
 
 TENSORS = (TensorDigest("w", "bfloat16", (2,), "ww"),)
-
-
-class FakeScorer:
-    """Gives 1.0 to the completion that is the reference, 0.0 to others, and fails on a cross."""
-
-    def __init__(self) -> None:
-        self.closed = False
-
-    async def judge_group(self, requests: list[JudgeRequest]) -> tuple[tuple[PartResult, ...], ...]:
-        return tuple(tuple(self._part(name, request) for name in request.rewards) for request in requests)
-
-    def _part(self, name: str, request: JudgeRequest) -> PartResult:
-        if request.completion == "x":
-            return PartResult(name=name, failure="exception", message="a cross")
-        return PartResult(name=name, value=float(request.completion == request.reference))
-
-    async def close(self) -> None:
-        self.closed = True
-
-
-class FakeBuffer:
-    """Remembers what was put; refuses everything as oversize if told so."""
-
-    def __init__(self) -> None:
-        self.groups: list[Group] = []
-        self.oversize = False
-        self.closed = False
-
-    async def put(self, group: Group) -> bool:
-        if self.oversize:
-            raise OversizeGroup("oversize: a test said so")
-        self.groups.append(group)
-        return True
-
-    async def close(self) -> None:
-        self.closed = True
 
 
 @pytest.fixture
@@ -67,16 +29,7 @@ def buffer() -> FakeBuffer:
 
 @pytest.fixture
 def generator(engine, buffer, tmp_path) -> Generator:
-    settings = GeneratorSettings(
-        run_id="test",
-        group_size=3,
-        max_tokens=8,
-        temperature=1.0,
-        reward_weights={"answer": 2.0},
-        reward_names={"sums": ("answer",)},
-        shared_memory=str(tmp_path),
-    )
-    return Generator(engine, FakeScorer(), buffer, settings, index=1)
+    return Generator(engine, FakeScorer(), buffer, generator_settings(str(tmp_path)), index=1)
 
 
 def make_draw(number: int = 0) -> Draw:
@@ -174,15 +127,28 @@ async def test_altered_weights_are_found_by_whoever_verifies_the_receipt(generat
         verify(update, await generator.update(update), None, max_canary_gap=0.1)
 
 
-async def test_the_death_of_the_engine_reaches_a_pending_rollout_and_every_later_check(generator, engine):
+async def test_the_death_of_the_engine_reaches_a_pending_rollout_the_watch_and_every_later_heartbeat(generator, engine):
     engine.hold.clear()
-    pending = asyncio.create_task(generator.rollout(make_draw()))
+    pending = [asyncio.create_task(call) for call in (generator.rollout(make_draw()), generator.watch())]
     await asyncio.sleep(0)
     engine.die()
-    with pytest.raises(EngineDied):
-        await pending
-    with pytest.raises(EngineDied):
-        await generator.check()
+    for call in (*pending, generator.beat(10)):
+        with pytest.raises(EngineDied):
+            await call
+
+
+async def test_a_heartbeat_names_all_processes_and_a_silent_engine(generator, engine):
+    engine.pids, generator._scorer.pids = (11, 12), (13,)
+    assert await generator.beat(10) == (os.getpid(), 11, 12, 13)
+    engine.hang()
+    with pytest.raises(EngineDied, match="hangs: no answer for 0.01 s"):
+        await generator.beat(0.01)
+
+
+async def test_an_update_whose_file_the_learners_removed_is_told_from_one_that_failed(generator, engine, tmp_path):
+    with pytest.raises(FileNotFoundError, match="version 4 is no longer at"):
+        await generator.update(make_update(4, path=str(tmp_path / "gone")))
+    assert not engine.updates
 
 
 async def test_closing_ends_engine_scorer_and_buffer_even_if_one_fails(generator, engine, buffer):
@@ -197,5 +163,5 @@ async def test_closing_ends_engine_scorer_and_buffer_even_if_one_fails(generator
 
 async def test_joining_hands_the_group_on_to_the_engine(generator, engine):
     group = NcclGroup(address="127.0.0.1", port=1, engines=2, workers=1)
-    await generator.join(group)
-    assert engine.joined == group
+    await generator.join(group, 0)
+    assert engine.joined == (group, 0)

@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 
 import msgspec
 import psutil
@@ -226,6 +227,34 @@ async def test_an_abandoned_request_is_aborted_and_the_engine_goes_on(engine, pr
     assert await engine.sample(ask(prompt, "next", max_tokens=2))
 
 
+async def test_a_probe_is_answered_while_the_engine_samples_and_while_it_loads(restored, prompt, weights, tmp_path):
+    engine = restored
+    running = asyncio.create_task(engine.sample(ask(prompt, "long", count=8, max_tokens=200, temperature=1.5)))
+    await engine.score(prompt)  # comes back only after the group has begun
+    await engine.probe(30)
+    assert not running.done()
+    loading = asyncio.create_task(engine.load(write_update(tmp_path / "update", engine.version + 1, weights)))
+    await asyncio.sleep(0)
+    await engine.probe(30)
+    await asyncio.gather(running, loading)
+
+
+@pytest.mark.parametrize("victim", ["engine core", "worker"])
+async def test_a_stopped_engine_process_is_noticed_by_a_probe_within_its_time(engine, prompt, victim):
+    core = next(pid for pid in engine.pids if psutil.Process(pid).ppid() == os.getpid())
+    pid = core if victim == "engine core" else next(pid for pid in engine.pids if pid != core)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        with pytest.raises(EngineDied, match="engine of test hangs: no answer for 2 s to a probe of its workers"):
+            await engine.probe(2)
+        assert time.monotonic() - began < 10
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    await engine.probe(60)
+    assert await engine.sample(ask(prompt, f"after the stop of the {victim}", max_tokens=2))
+
+
 @pytest.mark.parametrize("victim", ["engine core", "worker"])
 async def test_a_killed_engine_process_ends_every_pending_call_and_leaves_no_process(
     engine, engine_settings, prompt, victim
@@ -244,7 +273,7 @@ async def test_a_killed_engine_process_ends_every_pending_call_and_leaves_no_pro
     async with asyncio.timeout(10):
         for outcome in await asyncio.gather(*pending, return_exceptions=True):
             assert isinstance(outcome, EngineDied) and "engine of doomed died" in str(outcome)
-        for call in (doomed.score(prompt), doomed.sample(ask(prompt, "late")), doomed.check_alive()):
+        for call in (doomed.score(prompt), doomed.sample(ask(prompt, "late")), doomed.probe(5), doomed.watch()):
             with pytest.raises(EngineDied):
                 await call
     await doomed.stop()
