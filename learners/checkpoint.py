@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,16 +28,16 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.ind
 SLACK_BYTES = 1 << 20  # headers and metadata
 
 
-def save_state(directory: str, model: PreTrainedModel, optimizer: torch.optim.AdamW, steps_done: int) -> None:
-    """Write weights, optimizer moments, step count and random state. A collective; replaces `directory` if it exists.
+def save_state(directory: str, state: dict[str, Any], needed: int, group: dist.ProcessGroup) -> None:
+    """Write what `state_of` gives, or a copy of it. A collective of `group`; replaces `directory` if it exists.
+
+    needed is what all ranks write together, in bytes.
 
     Raises:
         OSError: the disk cannot hold it (errno ENOSPC): with the path, what is needed, what is free.
     """
-    state = _state(model, optimizer, steps_done)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    with _replacing(directory, 3 * weights, everyone=True) as partial:
-        dcp.save(state, checkpoint_id=partial)
+    with _replacing(directory, needed, group) as partial:
+        dcp.save(state, checkpoint_id=partial, process_group=group)
 
 
 def load_state(directory: str, model: PreTrainedModel, optimizer: torch.optim.AdamW) -> int:
@@ -47,7 +47,7 @@ def load_state(directory: str, model: PreTrainedModel, optimizer: torch.optim.Ad
     """
     if not os.path.isfile(os.path.join(directory, ".metadata")):
         raise ValueError(f"{directory} holds no complete checkpoint; name a directory under checkpoints/ that does")
-    state = _state(model, optimizer, steps_done=0)
+    state = state_of(model, optimizer, steps_done=0)
     try:
         dcp.load(state, checkpoint_id=directory)
     except CheckpointException as error:
@@ -67,7 +67,7 @@ def export_model(directory: str, model_dir: str, tensors: dict[str, Tensor]) -> 
     Read back and compared before it gets its name. One process does this. Raises OSError as save_state does.
     """
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    with _replacing(directory, needed, everyone=False) as partial:
+    with _replacing(directory, needed) as partial:
         shutil.copytree(model_dir, partial, ignore=shutil.ignore_patterns(*WEIGHT_FILES), dirs_exist_ok=True)
         _set_dtype(pathlib.Path(partial, "config.json"), next(iter(tensors.values())).dtype)
         weights = os.path.join(partial, "model.safetensors")
@@ -78,37 +78,49 @@ def export_model(directory: str, model_dir: str, tensors: dict[str, Tensor]) -> 
             raise OSError(f"{weights} does not read back as it was written: {', '.join(different[:5])}; check the disk")
 
 
-def _state(model: PreTrainedModel, optimizer: torch.optim.AdamW, steps_done: int) -> dict[str, Any]:
-    """Names to tensors. Loading fills these tensors in place, so that they are the live ones, sharded as they are."""
+def state_of(model: PreTrainedModel, optimizer: torch.optim.AdamW, steps_done: int) -> dict[str, Any]:
+    """All that a learner goes on from. The live tensors, sharded as they are: loading fills them in place."""
     parameters = dict(model.named_parameters())
-    return {
+    every_name = dict(model.named_parameters(remove_duplicate=False)).keys()  # a tied head's too, which is saved once
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in every_name}
+    state = {
         "model": {name: parameter.detach() for name, parameter in parameters.items()},
         "exp_avg": {name: optimizer.state[parameter]["exp_avg"] for name, parameter in parameters.items()},
         "exp_avg_sq": {name: optimizer.state[parameter]["exp_avg_sq"] for name, parameter in parameters.items()},
         "steps_done": torch.tensor(steps_done),
         "random_state": torch.get_rng_state(),
     }
+    return state | ({"buffers": buffers} if buffers else {})
 
 
 @contextlib.contextmanager
-def _replacing(directory: str, needed: int, everyone: bool) -> Iterator[str]:
+def _replacing(directory: str, needed: int, group: dist.ProcessGroup | None = None) -> Iterator[str]:
     """A temporary directory that takes the place of `directory` at the end, if all went well.
 
-    everyone: all ranks are in here; one of them creates, renames and removes, and they fail together.
+    group: all its ranks are in here; the first of them creates, renames and removes, and they fail together.
     """
     partial = f"{directory}.partial"
-    leads = not everyone or dist.get_rank() == 0
-    if leads:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(partial)
-    free = shutil.disk_usage(_existing(directory)).free
-    full = free < needed + SLACK_BYTES
-    if everyone:
-        full = _any_rank(full)
-    try:
-        if full:
+    leads = group is None or dist.get_rank(group) == 0
+    free = 0
+
+    def prepare() -> None:
+        nonlocal free
+        if leads:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.makedirs(partial)
+        free = shutil.disk_usage(_existing(directory)).free
+        if free < needed + SLACK_BYTES:
             raise OSError(errno.ENOSPC, "no space left")
+
+    def replace() -> None:
+        if leads:
+            shutil.rmtree(directory, ignore_errors=True)
+            os.rename(partial, directory)
+
+    try:
+        _together(prepare, group)
         yield partial
+        _together(replace, group)
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         if leads:
             shutil.rmtree(partial, ignore_errors=True)
@@ -122,24 +134,27 @@ def _replacing(directory: str, needed: int, everyone: bool) -> Iterator[str]:
         if isinstance(error, CheckpointException):  # a BaseException, which would pass every handler above us
             raise RuntimeError(f"the checkpoint {directory} could not be written: {_root_cause(error)}") from error
         raise
-    if leads:
-        shutil.rmtree(directory, ignore_errors=True)
-        os.rename(partial, directory)
-    if everyone:
-        dist.barrier()
+
+
+def _together(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
+    """Do something on every rank of the group, or fail on every rank: none goes on to wait for one that failed."""
+    failure: OSError | None = None
+    try:
+        action()
+    except OSError as error:
+        failure = error
+    if group is not None:
+        failures: list[OSError | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(failures, failure, group=group)
+        failure = failure or next((each for each in failures if each is not None), None)
+    if failure is not None:
+        raise failure
 
 
 def _existing(directory: str) -> pathlib.Path:
     """The directory, or the nearest one above it that exists."""
     path = pathlib.Path(directory).absolute()
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())
-
-
-def _any_rank(mine: bool) -> bool:
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flag = torch.tensor(int(mine), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
 
 
 def _is_full(error: BaseException) -> bool:

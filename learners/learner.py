@@ -1,6 +1,7 @@
 """This file is one learner rank: it trains on leased groups, publishes policy versions, and keeps checkpoints.
 
-Every public method but join and send, which are rank 0's, is a collective: all ranks call the same in the same order.
+Every public method is a collective, which all ranks call in the same order, but join and send, which are rank 0's, and
+finish_save, which may be called while another runs.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from learners import batcher, checkpoint, optimizer, weight_sender
 from learners.algorithms import find_algorithm
+from learners.background_save import BackgroundSave
 from learners.losses import Tokens
 from learners.model import join_ranks, load_policy, score_sequence
-from learners.policy_health import TokenFacts, gather_facts, health
+from learners.policy_health import TokenFacts, gather_facts, health, objective
 from learners.stopwatch import Stopwatch
 from rl.config import AlgorithmSection, LearnerSection
 from rl.metrics import Metrics, last, mean
@@ -80,6 +82,7 @@ class Learner:
         self._optimizer = optimizer.adamw(self.policy.parameters(), options.betas, options.weight_decay)
         num_bytes = sum(parameter.numel() for parameter in self.policy.parameters()) * self._compute_dtype.itemsize
         self._files = weight_sender.SharedMemoryFiles(settings.run_id, num_bytes)
+        self._saves = BackgroundSave(settings.model_dir, self._compute_dtype, settings.deadline_s)
         self._stopwatch = Stopwatch(settings.device)
         self._steps_done = 0
         self._moved = False
@@ -95,8 +98,7 @@ class Learner:
         nothing to train on; NonFiniteGradient. The weights have not moved then.
         """
         options = self._settings.learner
-        max_tokens = self._settings.max_tokens
-        plan = batcher.plan_batch(order.entries, self._world_size, options.micro_batch_tokens, max_tokens)
+        plan = self.plan(order.entries)
         with self._stopwatch.measure("fetch"):
             groups = self._fetch_mine(order.entries, plan)
         metrics = self.accumulate_gradient(order, plan, groups)
@@ -106,7 +108,11 @@ class Learner:
             optimizer.apply_step(self._optimizer, lr)
         self._steps_done += 1
         self._moved = lr > 0 and grad_norm > 0
-        metrics |= {"learner/grad_norm": mean(grad_norm), "learner/lr": last(lr)}
+        metrics |= {
+            "learner/grad_norm": mean(grad_norm),
+            "learner/lr": last(lr),
+            "learner/ranks": last(self._world_size),  # a replay lays the batch out for as many
+        }
         return StepReport(
             step=order.step,
             version=order.version + 1,
@@ -115,6 +121,11 @@ class Learner:
             num_tokens=plan.size.num_tokens,
             seconds=self._stopwatch.take(),
         )
+
+    def plan(self, entries: Sequence[GroupEntry]) -> batcher.BatchPlan:
+        """Who trains what of a batch. Raises ValueError where there is nothing to train on, or a row too long."""
+        options = self._settings.learner
+        return batcher.plan_batch(entries, self._world_size, options.micro_batch_tokens, self._settings.max_tokens)
 
     def accumulate_gradient(self, order: StepOrder, plan: batcher.BatchPlan, groups: dict[int, Group]) -> Metrics:
         """Forward and backward of this rank's micro-batches; leaves the batch's gradient, summed over ranks, in place.
@@ -138,7 +149,8 @@ class Learner:
             batch_facts = gather_facts(facts, plan.rank_tokens)
         if order.first:
             self._first_step_gate(batch_facts, order.version)
-        return health(batch_facts) | {"learner/padding_fraction": mean(1 - num_packed / num_padded, num_padded)}
+        padding = mean(1 - num_packed / num_padded, num_padded)
+        return health(batch_facts) | objective(batch_facts, normaliser) | {"learner/padding_fraction": padding}
 
     def publish(self, version: int) -> WeightUpdate | None:
         """Gather the weights and offer them as this version: in shared memory, or for `send` once the rank has joined.
@@ -182,22 +194,24 @@ class Learner:
             self._nccl.send({name: tensor.to(self._device) for name, tensor in tensors.items()})
         self._to_send = (version, {})
 
-    def save(self, directory: str) -> None:
-        """Write a sharded checkpoint that any number of ranks can load. Raises OSError on a full disk."""
+    def begin_save(self, folder: str, export: bool) -> None:
+        """Copy the state aside, to be written while training goes on; one save at a time, until finish_save.
+
+        folder/state is a sharded checkpoint that any number of ranks can load, folder/export the policy as a Hugging
+        Face directory, verified by reading it back.
+        """
         with self._stopwatch.measure("checkpoint"):
-            checkpoint.save_state(directory, self.policy.model, self._optimizer, self._steps_done)
+            state = checkpoint.state_of(self.policy.model, self._optimizer, self._steps_done)
+            self._saves.begin(folder, state, export)
+
+    def finish_save(self) -> None:
+        """Wait until the save is on disk; any thread may. Raises OSError on a full disk, and the next save is free."""
+        self._saves.finish()
 
     def load(self, directory: str) -> None:
-        """Continue from a checkpoint. Raises ValueError where it is incomplete or of another model."""
+        """Continue from the state of a checkpoint. Raises ValueError where it is incomplete or of another model."""
         with self._stopwatch.measure("checkpoint"):
             self._steps_done = checkpoint.load_state(directory, self.policy.model, self._optimizer)
-
-    def export(self, directory: str) -> None:
-        """Write the policy as a Hugging Face directory, verified by reading it back. Raises OSError on a full disk."""
-        with self._stopwatch.measure("checkpoint"):
-            tensors = self._whole_weights()
-            if self._rank == 0:
-                checkpoint.export_model(directory, self._settings.model_dir, tensors)
 
     def close(self) -> None:
         """Remove this run's files from shared memory and leave the process group, if this learner entered it."""
@@ -205,6 +219,7 @@ class Learner:
             self._files.remove()
         if self._nccl:
             self._nccl.close()
+        self._saves.close()
         if self._joined:
             dist.destroy_process_group()
             self._joined = False
@@ -235,6 +250,7 @@ class Learner:
             lags_N=packed.lags_N,
             advantages_N=packed.advantages_N,
             clipped_N=losses.clipped_N.double(),
+            loss_N=losses.loss_N.detach(),
         )
         return losses.loss_N.sum(), facts
 

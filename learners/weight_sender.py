@@ -56,15 +56,16 @@ class SharedMemoryFiles:
     """The versions of one run in shared memory, or else in the temporary directory; at most two stay."""
 
     def __init__(self, run_id: str, num_bytes: int) -> None:
-        """num_bytes is the size of one version: a container's shared memory is often too small for three of them."""
+        """num_bytes is the size of one version: a container's shared memory is often too small for four of them."""
         self._run_id = run_id
-        needed = (KEPT_FILES + 1) * num_bytes
+        needed = (KEPT_FILES + 2) * num_bytes  # one is being written, one may be pinned for a generator that joins
         roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free >= needed
         self.directory = SHARED_MEMORY if roomy else pathlib.Path(tempfile.gettempdir())
 
     def write(self, version: int, tensors: dict[str, Tensor]) -> str:
         """Write a version and forget those before the previous one; returns the path, complete from the start."""
-        path = self.directory / f"slipstream-{self._run_id}-v{version}.safetensors"
+        # A version that is written again after a rollback gets another name: a generator may be reading the first.
+        path = self.directory / f"slipstream-{self._run_id}-v{version}-{os.getpid()}.safetensors"
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, metadata={"format": "pt"})
         os.replace(partial, path)

@@ -9,12 +9,15 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from learners import checkpoint
+from learners.background_save import BackgroundSave
 from tests.learners.tiny import (
     make_learner,
     order_of,
@@ -40,39 +43,103 @@ def learner(model_of_two_layers, tmp_path):
     made.close()
 
 
-def train_and_save(rank, world_size, model_dir, folder):
-    """Two steps, a checkpoint, a third step; runs in a process of its own."""
-    settings = settings_for(model_dir, pathlib.Path(folder), warmup_steps=4)
-    learner = make_learner(settings, GROUPS, rank, world_size)
-    for step in (1, 2):
-        learner.step(order_of(GROUPS, step=step))
-    learner.save(f"{folder}/step_2")
+def save(learner, folder, export=False):
+    learner.begin_save(str(folder), export)
+    learner.finish_save()
+
+
+def go_on_with_two(rank, world_size, model_dir, folder):
+    """From a checkpoint of step 2: a third step, a checkpoint, a fourth; runs in a process of its own."""
+    learner = make_learner(settings_for(model_dir, pathlib.Path(folder), warmup_steps=4), GROUPS, rank, world_size)
+    learner.load(f"{folder}/step_2/state")
     learner.step(order_of(GROUPS, step=3))
+    learner.begin_save(f"{folder}/step_3", export=True)
+    learner.step(order_of(GROUPS, step=4))  # its collectives and those of the writing thread run side by side
     weights = weights_of(learner)
+    learner.finish_save()
     if rank == 0:
-        torch.save(weights, f"{folder}/step_3.pt")
+        torch.save(weights, f"{folder}/step_4.pt")
     learner.close()
 
 
-def test_two_ranks_save_and_one_goes_on_as_if_nothing_had_happened(model_of_two_layers, tmp_path):
-    folder = tmp_path / "two"
-    run_ranks(train_and_save, 2, model_of_two_layers, str(folder))
-    settings = settings_for(model_of_two_layers, tmp_path / "one", warmup_steps=4)
-    learner = make_learner(settings, GROUPS)
+def test_training_moves_from_one_rank_to_two_and_back_as_if_nothing_had_happened(model_of_two_layers, tmp_path):
+    folder = tmp_path / "shared"
+    learner = make_learner(settings_for(model_of_two_layers, tmp_path / "one", warmup_steps=4), GROUPS)
     try:
-        learner.load(str(folder / "step_2"))
-        learner.step(order_of(GROUPS, step=3))
-        torch.testing.assert_close(weights_of(learner), torch.load(folder / "step_3.pt"), rtol=1e-9, atol=1e-12)
+        expected = {}
+        for step in (1, 2, 3, 4):
+            learner.step(order_of(GROUPS, step=step))
+            expected[step] = weights_of(learner)
+            if step == 2:
+                save(learner, folder / "step_2")
+        run_ranks(go_on_with_two, 2, model_of_two_layers, str(folder))
+        torch.testing.assert_close(torch.load(folder / "step_4.pt"), expected[4], rtol=1e-9, atol=1e-12)
+        learner.load(str(folder / "step_3" / "state"))
+        torch.testing.assert_close(weights_of(learner), expected[3], rtol=1e-9, atol=1e-12)
+        exported = AutoModelForCausalLM.from_pretrained(folder / "step_3" / "export", dtype=torch.float64)
+        for name, weight in weights_of(learner).items():
+            assert torch.equal(exported.get_parameter(name), weight), name
+        learner.step(order_of(GROUPS, step=4))
+        torch.testing.assert_close(weights_of(learner), expected[4], rtol=1e-9, atol=1e-12)
     finally:
         learner.close()
 
 
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """An event without which nothing is written."""
+    may_write, write = threading.Event(), checkpoint.save_state
+
+    def wait_and_write(*arguments):
+        assert may_write.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_state", wait_and_write)
+    return may_write
+
+
+def test_training_goes_on_while_the_state_is_written_as_it_was(learner, tmp_path, slow_disk):
+    learner.step(order_of(GROUPS))
+    saved = weights_of(learner)
+    learner.begin_save(str(tmp_path / "step_1"), export=True)
+    for step in (2, 3):
+        learner.step(order_of(GROUPS, step=step))
+        if step == 2:
+            expected = weights_of(learner)
+    with pytest.raises(AssertionError, match="still being written"):
+        learner.begin_save(str(tmp_path / "step_3"), export=False)
+    assert not (tmp_path / "step_1").exists()
+    slow_disk.set()
+    learner.finish_save()
+    exported = load_file(tmp_path / "step_1" / "export" / "model.safetensors")
+    learner.load(str(tmp_path / "step_1" / "state"))
+    for name, weight in weights_of(learner).items():
+        assert torch.equal(weight, saved[name]) and torch.equal(exported[name], saved[name].bfloat16()), name
+    learner.step(order_of(GROUPS, step=2))  # moments, step count and random state were those of step 1 too
+    torch.testing.assert_close(weights_of(learner), expected, rtol=0, atol=0)
+
+
+def test_every_save_copies_into_the_memory_of_the_first(learner, tmp_path):
+    saves = BackgroundSave("", torch.float32, 60.0)
+    weight = torch.zeros(8)
+    places = set()
+    for step in (1, 2):
+        weight.fill_(step)
+        saves.begin(str(tmp_path / f"step_{step}"), {"model": {"weight": weight}}, export=False)
+        saves.finish()
+        places.add(saves._copies["model/weight"].data_ptr())
+    assert len(places) == 1 and weight.data_ptr() not in places
+    with pytest.raises(AssertionError, match="no checkpoint is being written"):
+        saves.finish()
+    saves.close()
+
+
 def test_a_loaded_learner_makes_the_very_steps_that_the_saved_one_made(learner, tmp_path):
     learner.step(order_of(GROUPS))
-    learner.save(str(tmp_path / "step_1"))
+    save(learner, tmp_path / "step_1")
     learner.step(order_of(GROUPS, step=2))
     expected = weights_of(learner)
-    learner.load(str(tmp_path / "step_1"))
+    learner.load(str(tmp_path / "step_1" / "state"))
     assert learner.step(order_of(GROUPS, step=2)).metrics["learner/lr"].value == pytest.approx(1e-2 / 2)
     torch.testing.assert_close(weights_of(learner), expected, rtol=0, atol=0)
 
@@ -81,32 +148,32 @@ def test_publishing_between_steps_does_not_disturb_what_is_saved(learner, tmp_pa
     learner.step(order_of(GROUPS))
     before = weights_of(learner)
     learner.publish(1)
-    learner.save(str(tmp_path / "step_1"))
+    save(learner, tmp_path / "step_1")
     learner.step(order_of(GROUPS, step=2))
-    learner.load(str(tmp_path / "step_1"))
+    learner.load(str(tmp_path / "step_1" / "state"))
     torch.testing.assert_close(weights_of(learner), before, rtol=0, atol=0)
 
 
 def test_an_interrupted_write_is_not_a_checkpoint_and_the_next_write_replaces_it(learner, tmp_path):
     target = tmp_path / "step_1"
-    (tmp_path / "step_1.partial").mkdir()
-    (tmp_path / "step_1.partial" / "__0_0.distcp").write_bytes(b"half")
+    (target / "state.partial").mkdir(parents=True)
+    (target / "state.partial" / "__0_0.distcp").write_bytes(b"half")
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
-        learner.load(str(target))
-    learner.save(str(target))
-    learner.save(str(target))
-    assert sorted(path.name for path in tmp_path.iterdir() if "step" in path.name) == ["step_1"]
-    learner.load(str(target))
+        learner.load(str(target / "state"))
+    save(learner, target)
+    save(learner, target)
+    assert [path.name for path in target.iterdir()] == ["state"]
+    learner.load(str(target / "state"))
 
 
 def test_a_checkpoint_of_another_model_is_refused(learner, tmp_path):
-    learner.save(str(tmp_path / "step_1"))
+    save(learner, tmp_path / "step_1")
     learner.close()
     other = save_tiny_llama(tmp_path / "other", tied=False)
     wider = make_learner(settings_for(other, tmp_path / "again"), GROUPS, dtype=None)
     try:
         with pytest.raises(ValueError, match="does not fit this model"):
-            wider.load(str(tmp_path / "step_1"))
+            wider.load(str(tmp_path / "step_1" / "state"))
     finally:
         wider.close()
 
@@ -114,7 +181,7 @@ def test_a_checkpoint_of_another_model_is_refused(learner, tmp_path):
 def test_an_export_reloads_with_transformers_and_holds_the_learners_weights(learner, model_of_two_layers, tmp_path):
     pathlib.Path(model_of_two_layers, "tokenizer.json").write_text("{}")
     learner.step(order_of(GROUPS))
-    learner.export(str(tmp_path / "export"))
+    save(learner, tmp_path, export=True)
     assert (tmp_path / "export" / "tokenizer.json").exists()
     assert json.loads((tmp_path / "export" / "config.json").read_text())["dtype"] == "bfloat16"
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)
@@ -133,22 +200,26 @@ def test_an_export_that_reads_back_differently_is_an_error_and_does_not_get_its_
     assert not (tmp_path / "export").exists() and not (tmp_path / "export.partial").exists()
 
 
-def test_a_disk_known_to_be_too_full_is_refused_before_a_byte_is_written(learner, tmp_path, monkeypatch):
-    learner.save(str(tmp_path / "step_1"))
+def test_a_disk_known_to_be_too_full_is_refused_before_a_byte_is_written(
+    learner, model_of_two_layers, tmp_path, monkeypatch
+):
+    save(learner, tmp_path / "step_1")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 4096))
-    for write in (learner.save, learner.export):
-        with pytest.raises(OSError, match=r"needs [\d,]+ bytes, free were 4,096.*step_2") as caught:
-            write(str(tmp_path / "step_2"))
-        assert caught.value.errno == errno.ENOSPC
-    assert sorted(path.name for path in tmp_path.iterdir() if "step" in path.name) == ["step_1"]
-    learner.load(str(tmp_path / "step_1"))
+    with pytest.raises(OSError, match=r"needs [\d,]+ bytes, free were 4,096.*step_2") as caught:
+        save(learner, tmp_path / "step_2", export=True)
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match=r"needs [\d,]+ bytes, free were 4,096.*export"):
+        checkpoint.export_model(str(tmp_path / "export"), model_of_two_layers, {"a": torch.zeros(4096)})
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("step_*/*")) == ["step_1/state"]
+    learner.step(order_of(GROUPS))  # training goes on
+    learner.load(str(tmp_path / "step_1" / "state"))
 
 
 def save_on_a_full_disk(model_dir: str, disk: str) -> None:
     """Runs in a namespace where `disk` is a tmpfs of 2 MiB that lies about its free space."""
     folder = pathlib.Path(disk).parent
     learner = make_learner(settings_for(model_dir, folder / "ranks"), GROUPS, dtype=None)
-    learner.save(f"{disk}/step_1")
+    save(learner, f"{disk}/step_1")
     with open(f"{disk}/filler", "wb", buffering=0) as filler:
         try:
             while True:
@@ -158,15 +229,16 @@ def save_on_a_full_disk(model_dir: str, disk: str) -> None:
     checkpoint.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(0, 0, 1 << 40)
     big = {"a": torch.zeros(1 << 22, dtype=torch.uint8)}  # the configuration fits, the weights do not
     os.truncate(f"{disk}/filler", os.path.getsize(f"{disk}/filler") - (1 << 16))
-    for write in (learner.save, lambda path: checkpoint.export_model(path, model_dir, big)):
+    for write in (lambda path: save(learner, path), lambda path: checkpoint.export_model(path, model_dir, big)):
         try:
-            write(f"{disk}/step_2")
+            write(f"{disk}/step_1/again")
         except OSError as error:
             assert error.errno == errno.ENOSPC and "the disk is full" in str(error), error
         else:
             raise AssertionError("a full disk took a checkpoint")
-    assert sorted(os.listdir(disk)) == ["filler", "step_1"], os.listdir(disk)
-    learner.load(f"{disk}/step_1")
+    assert sorted(os.listdir(f"{disk}/step_1")) in (["state"], ["again", "state"]), os.listdir(f"{disk}/step_1")
+    learner.step(order_of(GROUPS))  # training goes on
+    learner.load(f"{disk}/step_1/state")
     learner.close()
 
 

@@ -10,8 +10,10 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from learners import batcher
+from learners.advantages import grpo
 from learners.optimizer import NonFiniteGradient
 from rl.weights import NcclGroup, UpdateReceipt, verify
 from tests.learners.tiny import (
@@ -92,6 +94,46 @@ def test_the_gradient_is_the_same_for_two_ranks_even_if_one_has_nothing_to_do(
     for case, (count, _) in CASES.items():
         expected = batch_gradients(learner_on(), GROUPS[:count], budget=1000)
         assert_same(torch.load(tmp_path / "two" / f"{case}.pt"), expected)
+
+
+def literal_loss(model_dir, groups):
+    """CISPO's loss as it is written: one answer at a time through plain transformers, in fp64."""
+    plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+    losses = []
+    for group in groups:
+        scored = [t for t in group.trajectories if t.reward is not None]
+        advantages = [advantage for advantage in grpo(group.rewards) if advantage is not None]
+        for trajectory, advantage in zip(scored, advantages, strict=True):
+            answer, prompt = trajectory.completion.token_ids, group.prompt.token_ids
+            with torch.no_grad():
+                logits = plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / 0.8
+            logprobs = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+            ratios = (logprobs - torch.tensor(trajectory.completion.logprobs, dtype=torch.float64)).exp()
+            losses += (-ratios.clamp(max=5.0) * advantage * logprobs).tolist()
+    return sum(losses) / len(losses), sum(map(abs, losses)) / len(losses)
+
+
+def save_rank_loss(rank, world_size, model_dir, folder):
+    """Runs in a process of its own."""
+    learner = make_learner(settings_for(model_dir, pathlib.Path(folder)), GROUPS, rank, world_size)
+    metrics = learner.step(order_of(GROUPS)).metrics
+    if rank == 0:
+        torch.save([metrics["learner/loss"].value, metrics["learner/loss_abs"].value], f"{folder}/loss.pt")
+        assert metrics["learner/ranks"].value == world_size
+    learner.close()
+
+
+def test_the_recorded_loss_is_the_one_that_is_written_for_any_split(learner_on, model_of_two_layers, tmp_path):
+    expected = pytest.approx(literal_loss(model_of_two_layers, GROUPS), rel=1e-6)  # Llama's norms compute in fp32
+    found = []
+    for budget in (60, 1000):
+        metrics = learner_on(micro_batch_tokens=budget).step(order_of(GROUPS)).metrics
+        found.append([metrics["learner/loss"].value, metrics["learner/loss_abs"].value])
+    run_ranks(save_rank_loss, 2, model_of_two_layers, str(tmp_path / "two"))
+    found.append(torch.load(tmp_path / "two" / "loss.pt"))
+    assert tuple(found[0]) == expected
+    for loss, scale in found[1:]:
+        assert abs(loss - found[0][0]) <= 1e-9 * scale and abs(scale - found[0][1]) <= 1e-9 * scale
 
 
 def test_what_a_failed_trajectory_says_changes_nothing(learner_on):
@@ -262,7 +304,7 @@ def test_every_algorithm_of_the_table_makes_a_step(learner_on, algorithm):
 
 def test_the_real_model_agrees_with_transformers_on_packed_text(model_dir, tmp_path):
     """bf16 FSDP with shared prefixes against bf16 transformers, one row per answer: inside the first step's gate."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     chat = [{"role": "user", "content": "What is 3 + 4?"}]
