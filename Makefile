@@ -1,8 +1,8 @@
-# make run, test, lint and bench each set up .venv first: from nothing but Python 3.11, once, until a pin changes.
+# make run, test, lint, bench and chaos each set up .venv first: from nothing but Python 3.11, once, until a pin changes.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := run
-.PHONY: run test lint bench venv
+.PHONY: run test lint bench chaos venv
 
 VARIANT := $(if $(shell command -v nvidia-smi),gpu,cpu)
 # The stamp's name is a checksum of what .venv was made from: a changed pin asks for a new stamp.
@@ -24,6 +24,9 @@ lint: venv
 
 bench: venv
 	@$(PYTHON) -m pytest tests/benchmarks -s -o python_files='bench_*.py' $(ARGS)
+
+chaos: venv
+	@$(PYTHON) -m pytest tests/chaos -s -m chaos $(ARGS)
 
 venv: $(STAMP)
 

@@ -19,15 +19,25 @@ JUDGEMENTS_WATCHED = 256
 JUDGEMENTS_BEFORE_A_VERDICT = 32
 
 
-def check_balance(counts: BufferStats, running: int) -> None:
-    """Raise RuntimeError where groups or tokens vanished or appeared, with every count."""
+def imbalance(counts: BufferStats, running: int) -> str:
+    """What does not add up, in words; empty where everything drawn and sampled is somewhere."""
     placed_tokens = counts.buffered_tokens + counts.leased_tokens + counts.trained_tokens
     unplaced_tokens = counts.sampled_tokens - placed_tokens - sum(tokens for _, tokens in counts.dropped.values())
-    if not 0 <= counts.in_flight <= running or unplaced_tokens:
+    if 0 <= counts.in_flight <= running and not unplaced_tokens:
+        return ""
+    return (
+        f"{counts.in_flight} of the groups drawn are nowhere while {running} are in flight, and {unplaced_tokens} "
+        f"sampled tokens are nowhere; {counts}"
+    )
+
+
+def check_balance(counts: BufferStats, running: int) -> None:
+    """Raise RuntimeError where groups or tokens vanished or appeared, with every count."""
+    found = imbalance(counts, running)
+    if found:
         raise RuntimeError(
-            f"groups do not balance: {counts.in_flight} of those drawn are nowhere while {running} are in flight, and "
-            f"{unplaced_tokens} sampled tokens are nowhere; {counts}. This is a defect of Slipstream: please report it "
-            "with the run's events.jsonl"
+            f"groups do not balance: {found}. This is a defect of Slipstream: please report it with the run's "
+            "events.jsonl"
         )
 
 
@@ -93,10 +103,11 @@ def _of_report(report: GroupReport) -> Metrics:
     place = f"{report.source}/{report.level}"
     metrics: Metrics = {
         "sampling/groups": total(1),
-        "sampling/truncated_fraction": mean(report.truncated / len(report.rewards), len(report.rewards)),
-        "sampling/completion_length/tokens": mean(report.num_tokens / len(report.rewards), len(report.rewards)),
         "sampling/zero_advantage_fraction": mean(report.dropped == "zero_advantage"),
     }
+    if answers := len(report.rewards):  # none where every generator died of the prompt
+        metrics["sampling/truncated_fraction"] = mean(report.truncated / answers, answers)
+        metrics["sampling/completion_length/tokens"] = mean(report.num_tokens / answers, answers)
     for activity, seconds in report.seconds.items():
         metrics[f"sampling/{activity}/s_per_group"] = mean(seconds)
     if scores:

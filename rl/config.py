@@ -161,6 +161,7 @@ class LearnerSection(Section):
     max_grad_norm: float = Field(default=1.0, gt=0, description="global norm above which gradients are scaled down")
     compute_dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of forward and backward")
     threads_per_rank: int | None = Field(default=None, ge=1, description="CPU threads; null shares the cores out")
+    max_restarts: int = Field(default=3, ge=0, description="restarts in a row without a new step before the run fails")
     max_logprob_gap: float = Field(
         default=0.05, gt=0, description="largest mean |gap| to the engine before step 1, nats"
     )
@@ -175,13 +176,22 @@ class GeneratorsSection(Section):
     kv_cache_gib: float = Field(default=1.0, gt=0, description="cache for keys and values on CPU, in GiB")
     gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1, description="share of a GPU that an engine takes")
     threads: int | None = Field(default=None, ge=1, description="CPU threads per engine; null shares the cores out")
+    max_restarts: int = Field(
+        default=3, ge=0, description="restarts in a row without a finished group before a generator is quarantined"
+    )
 
 
 class BufferSection(Section):
     """Where trajectories wait."""
 
-    redis: str | None = Field(default=None, description="redis:// or rediss:// URL; null starts an embedded server")
+    redis: str | None = Field(
+        default=None, description="redis://, rediss:// or redis+sentinel:// URL; null starts an embedded server"
+    )
     max_bytes: int = Field(default=1 << 30, ge=1 << 16, description="payload bytes above which admission pauses")
+    max_groups: int = Field(default=1 << 16, ge=1, description="waiting groups above which admission pauses")
+    reconnect_deadline_s: float = Field(
+        default=60.0, ge=0, description="how long a lost Redis is awaited before the run stops, resumably"
+    )
 
 
 class WeightsSection(Section):
@@ -206,6 +216,9 @@ class CheckpointSection(Section):
 
     every_steps: int = Field(default=10, ge=1, description="steps between checkpoints; also at the end")
     keep: int = Field(default=2, ge=1, description="complete checkpoints that stay on disk")
+    memory_every_steps: int | None = Field(
+        default=None, ge=1, description="steps between copies in shared memory, to roll back to when a rank dies"
+    )
 
 
 class MonitoringSection(Section):
@@ -216,6 +229,9 @@ class MonitoringSection(Section):
     batch_deadline_s: float = Field(default=900.0, gt=0, description="a full batch being in the buffer")
     step_deadline_s: float = Field(default=900.0, gt=0, description="one optimizer step, or one checkpoint")
     update_deadline_s: float = Field(default=300.0, gt=0, description="one weight update on all generators")
+    heartbeat_deadline_s: float = Field(
+        default=60.0, gt=0, description="silence after which a process counts as hung, and is killed and restarted"
+    )
     rollouts_per_step: int = Field(default=8, ge=0, description="groups written to rollouts/ for people, per step")
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 CANCEL_AGAIN_S = 0.2
+OnFailure = Callable[[BaseException], Awaitable[None]]
 
 
 async def together(*work: Coroutine[Any, Any, Any]) -> list[Any]:
@@ -44,8 +45,10 @@ class Crew:
         error.add_note(f"in {task.get_name()}")
         self._failed.set_exception(error)
 
-    async def run(self, main: Coroutine[Any, Any, T], name: str) -> T:
+    async def run(self, main: Coroutine[Any, Any, T], name: str, on_failure: OnFailure | None = None) -> T:
         """Run `main` to its end, or until any task of the crew fails; then cancel and await what still works.
+
+        on_failure is awaited between the two: it sees the others as they stand.
 
         Raises:
             whatever the first failing task raised, with a note that names the task.
@@ -54,6 +57,9 @@ class Crew:
         try:
             await asyncio.wait({task, self._failed}, return_when=asyncio.FIRST_COMPLETED)
             if self._failed.done():
+                error = self._failed.exception()
+                if on_failure is not None and error is not None:
+                    await on_failure(error)
                 self._failed.result()
             return task.result()
         finally:

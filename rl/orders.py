@@ -51,3 +51,22 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True):
     batch_digest: str
     num_tokens: int
     seconds: dict[str, float]
+
+
+class PartStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One process of the fleets as its owner sees it, for stall reports and dashboards.
+
+    state is starting, joining, working, dead, quarantined or leaving; detail says what it does, or why it is gone.
+    pids are its processes on `node`; in_hand counts its requests, the oldest of which has waited oldest_request_s.
+    """
+
+    name: str
+    state: str
+    node: str
+    pids: tuple[int, ...]
+    version: int
+    heartbeat_age_s: float
+    in_hand: int
+    oldest_request_s: float
+    restarts: int
+    detail: str

@@ -7,12 +7,15 @@ sweeps. Should the driver itself be killed, a guard process that holds the other
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import psutil
 
@@ -48,16 +51,20 @@ def sweep(run_id: str, spare: frozenset[int] = frozenset(), grace_s: float = GRA
 
 
 def remove_shared_memory(run_id: str) -> None:
-    """Remove the weight updates that a killed learner could not; their names carry the run's id."""
+    """Remove weight updates and copies of the policy that a killed learner left; their names carry the run's id."""
     for folder in (pathlib.Path("/dev/shm"), pathlib.Path(tempfile.gettempdir())):
-        for file in folder.glob(f"slipstream-{run_id}-*"):
-            file.unlink(missing_ok=True)
+        for path in folder.glob(f"slipstream-{glob.escape(run_id)}-*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class ProcessGuard:
     """Marks this process as the driver of a run, and leaves a guard behind that outlives it by seconds."""
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str, lock: int | None = None) -> None:
+        """lock is a descriptor that the guard holds open: what it locks stays locked until the guard has swept."""
         self.run_id = run_id
         os.environ[MARK] = run_id
         clean = {name: value for name, value in os.environ.items() if name != MARK}
@@ -66,6 +73,7 @@ class ProcessGuard:
             [sys.executable, "-m", "rl.process_guard", run_id, str(os.getpid())],
             stdin=subprocess.PIPE,
             env=clean,
+            pass_fds=() if lock is None else (lock,),
             start_new_session=True,
         )
 
@@ -80,6 +88,16 @@ class ProcessGuard:
         self._guard.wait(timeout=GRACE_SECONDS)
         os.environ.pop(MARK, None)
         return killed
+
+
+@contextlib.contextmanager
+def guarded(run_id: str, lock: int) -> Iterator[list[str]]:
+    """Guard the processes of a run while the block runs; afterwards the list names those that had to be killed."""
+    guard, killed = ProcessGuard(run_id, lock), []
+    try:
+        yield killed
+    finally:
+        killed += guard.close()
 
 
 def stand_guard(run_id: str, driver: int) -> None:

@@ -1,37 +1,43 @@
 """This file is the run: four loops that never wait for each other beyond the lag bound.
 
      prompts -> curriculum -> gate -> generators -> rewards -> [ Redis trajectory buffer ]
-                    ^           ^        (_sample)                         |
+                    ^           ^      (sampling.py)                       |
                     |           |                                          |  lease
                     |  reports  |  version v, verified                     v
-                    +-----------+---- (_broadcast) <--- weights --- learners (_train)
+                    +-----------+--- (delivery.py) <--- weights --- learners (_train)
 
-    _sample     draws prompts as the gate permits, and turns finished groups into evidence
-    _train      leases a batch, writes the ledger, steps the learners, checkpoints
-    _broadcast  delivers the newest weights to every generator and believes only what it verified
+    sampling    draws prompts as the gate permits, and turns finished groups into evidence
+    _train      leases a batch, writes the ledger, steps the learners, has the policy saved (saving.py)
+    delivery    delivers the newest weights to every generator and believes only what it verified
     _evaluate   scores held-out prompts at one pinned version, while training goes on
 
-With max_lag 0 the same loops are the synchronous algorithm: `_sample` works in rounds that start together and end
+With max_lag 0 the same loops are the synchronous algorithm: sampling works in rounds that start together and end
 together, so that two runs of one seed train on the same batches, bit for bit.
+
+Whoever dies, the run goes on: generators are replaced behind their calls, learners roll back to the newest saved state
+and get the very batches of the lost steps again, and what Redis lost of its last second is sampled again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from typing import Literal
+from collections.abc import Coroutine, Sequence
+from typing import Any, Literal
 
-from rl import run_state
-from rl.accounting import check_balance
-from rl.buffer import BufferStats
-from rl.crew import Crew
+from rl import checkpoints
+from rl.accounting import check_balance, imbalance
+from rl.buffer import BufferRewound, BufferStats, MissingGroups
+from rl.crew import Crew, together
+from rl.delivery import Delivery
 from rl.evaluation import Evaluation, summarise
-from rl.metrics import last
-from rl.orders import Draw, StepOrder, StepReport
-from rl.parts import Parts, Plan
-from rl.trajectory import GroupEntry, GroupReport
-from rl.waits import within
-from rl.weights import WeightUpdate, verify
+from rl.metrics import Metrics, last
+from rl.orders import StepOrder, StepReport
+from rl.parts import GeneratorsLost, LearnersLost, Parts, Plan
+from rl.sampling import Sampler
+from rl.saving import Saver, copies_folder
+from rl.shared import Shared
+from rl.trajectory import Group, GroupEntry
+from rl.waits import WaitExpired, within
 
 WATCH_EVERY_S = 2.0
 Ended = Literal["finished", "stopped"]
@@ -43,112 +49,56 @@ class Run:
     def __init__(self, plan: Plan, parts: Parts) -> None:
         self.plan = plan
         self.parts = parts
-        self.step = plan.start_step  # the learners' policy version equals the number of steps made
-        self.sampling_version = plan.start_step
         self.stop_requested = asyncio.Event()
         self._crew = Crew()
-        self._admitted = 0
-        self._engines = asyncio.Lock()  # held while weights change, or must not
-        self._changed = asyncio.Event()  # a group came back, a version arrived, payloads left the buffer
-        self._delivery = asyncio.Event()
-        self._published = asyncio.Event()
-        self._offered: WeightUpdate | None = None
-        self._delivered: WeightUpdate | None = None
-        self._new_weights = asyncio.Event()
+        self.shared = Shared(plan.start_step)
+        self.sampler = Sampler(plan, parts, self.shared, self._crew)
+        self.delivery = Delivery(plan, parts, self.shared)
+        self.saver = Saver(plan, parts, self.sampler, self._crew)
+        self._sampling = False
         self._evaluation_due = asyncio.Event()
         self._last_evaluation: Evaluation | None = None
-        self._uncommitted: list[tuple[int, tuple[str, ...]]] = []
         self._ledger = {step: groups for step, groups in parts.recorder.read_ledger().items() if step > plan.start_step}
+        self._loaded_step = plan.start_step  # what the learner ranks were last loaded with
+        self._furthest_step = plan.start_step
+        self._restarts = 0
+        self._restarts_in_a_row = 0
+        self._reconciling = asyncio.Lock()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made, which is the learners' policy version."""
+        return self.shared.step
 
     async def main(self) -> Ended:
         """Train until the end; returns "finished" or "stopped". Whatever fails first is raised."""
-        self._crew.spawn(self._broadcast(), "the broadcast loop")
+        self._crew.spawn(self.delivery.loop(), "the broadcast loop")
         self._crew.spawn(self._evaluate(), "the evaluation loop")
-        self._crew.spawn(self._watch(), "the watch over the generators")
-        return await self._crew.run(self._train(), "the training loop")
+        self._crew.spawn(self._watch(), "the watch over the parts")
+        return await self._crew.run(self._train(), "the training loop", self._before_the_end)
 
-    # Sampling
-
-    async def _sample(self) -> None:
-        """Draw as long as there is room within the lag bound and in the buffer."""
-        while True:
-            await within(self._room_to_draw(), self.plan.deadlines.batch_deadline_s, "room to draw", "the learners")
-            if self.plan.max_lag == 0:
-                await self._sample_round()
-            else:
-                self._crew.spawn(self._sample_group(await self._draw()), "sampling")
-
-    async def _room_to_draw(self) -> None:
-        while True:
-            self._changed.clear()  # before the look, which awaits: a change during it must not be missed
-            if self._room() > 0 and await self.parts.buffer.has_room():
-                return
-            await self._changed.wait()
-
-    def _room(self) -> int:
-        """Groups that may be drawn now; none beyond what the remaining steps can train on."""
-        gate, plan = self.parts.gate, self.plan
-        if plan.max_lag == 0 and (self._engines.locked() or not gate.round_open(self.sampling_version)):
-            return 0
-        still_needed = plan.run.steps * plan.groups_per_step - gate.accepted - gate.running
-        return min(gate.room(self.sampling_version), still_needed)
-
-    async def _draw(self) -> Draw:
-        choice = self.parts.curriculum.draw(self.sampling_version)
-        prompt = self.parts.prompts.next(choice.source, choice.level)
-        self.parts.gate.admit()
-        self._admitted += 1
-        number = await self.parts.buffer.admit()
-        key = f"{self.plan.run.seed}/{number}"
-        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big") >> 1
-        return Draw(group_id=f"{self.plan.run_id}/{number:08d}", draw=number, prompt=prompt, seed=seed)
-
-    async def _sample_group(self, draw: Draw) -> None:
-        what = f"group {draw.group_id} (prompt {draw.prompt.prompt_id})"
-        rollout = self.parts.generators.rollout(draw)
-        await self._absorb(await within(rollout, self.plan.deadlines.group_deadline_s, what, "its generator"))
-
-    async def _sample_round(self) -> None:
-        """Sample everything there is room for, together, with the engines to itself."""
-        async with self._engines:
-            draws = [await self._draw() for _ in range(self._round_size())]
-            work = self.parts.generators.rollout_round(draws)
-            what = f"a round of {len(draws)} groups"
-            reports = await within(work, self.plan.deadlines.group_deadline_s, what, "the generators")
-        for report in sorted(reports, key=lambda report: report.draw):
-            await self._absorb(report)
-
-    def _round_size(self) -> int:
-        gate = self.parts.gate
-        still_needed = self.plan.run.steps * self.plan.groups_per_step - gate.accepted
-        return min(gate.room(self.sampling_version), still_needed)
-
-    async def _absorb(self, report: GroupReport) -> None:
-        """Turn a finished group into evidence; a dropped one gives its capacity back."""
-        parts = self.parts
-        if report.dropped is None:
-            parts.gate.publish()
-        else:
-            await parts.buffer.drop(report.group_id, report.num_tokens, report.dropped)
-            parts.gate.drop_running()
-        scores = [reward for reward in report.rewards if reward is not None]
-        pass_rate = sum(scores) / len(scores) if scores else None
-        informative = len(set(scores)) > 1
-        parts.curriculum.observe(report.source, report.level, pass_rate, informative, report.oldest_version)
-        parts.account.add(report)
-        parts.rewards.observe(report)
-        parts.curriculum.check_signal(self.plan.groups_per_step)
-        self._published.set()
-        self._changed.set()
+    def accompany(self, work: Coroutine[Any, Any, Any], name: str) -> None:
+        """Have a task live and die with the run; its failure is the run's."""
+        self._crew.spawn(work, name)
 
     # Training
 
     async def _train(self) -> Ended:
-        await self._offer_weights()
-        await within(self._until_delivered(self.step), self.plan.deadlines.update_deadline_s, "the first weights")
-        if self.step == 0:
-            self._evaluation_due.set()
-        self._crew.spawn(self._sample(), "the sampling loop")
+        while True:
+            try:
+                return await self._train_to_the_end()
+            except (LearnersLost, MissingGroups) as error:
+                await self._recover(error)
+
+    async def _train_to_the_end(self) -> Ended:
+        await self.delivery.offer(self.step)
+        what, deadline_s = "the first weights", self.plan.deadlines.update_deadline_s
+        await within(self.delivery.until_delivered(self.step), deadline_s, what, "the generators")
+        if not self._sampling:
+            self._sampling = True
+            if self.step == 0:
+                self._evaluation_due.set()
+            self._crew.spawn(self.sampler.loop(), "the sampling loop")
         while self.step < self.plan.run.steps:
             entries = await self._batch_or_stop()
             if entries is None:
@@ -162,45 +112,69 @@ class Run:
         parts, plan, step = self.parts, self.plan, self.step + 1
         group_ids = tuple(entry.group_id for entry in entries)
         parts.recorder.ledger(step, self.step, group_ids)
-        order = StepOrder(step=step, version=self.step, entries=entries, first=self.step == plan.start_step)
-        report = await within(
+        order = StepOrder(step=step, version=self.step, entries=entries, first=self.step == self._loaded_step)
+        stepping = within(
             parts.learners.step(order), plan.deadlines.step_deadline_s, f"step {step}", "the learner ranks"
         )
+        report, groups = await together(stepping, self._archive(step, group_ids))
         assert report.version == step, f"step {step} left the learners at version {report.version}"
-        self.step = step
-        self._uncommitted.append((step, group_ids))
-        await self._offer_weights()
-        await self._record(report, entries)
+        self.shared.step = step
+        self.saver.trained(step, entries)
+        if step > self._furthest_step:
+            self._furthest_step, self._restarts_in_a_row = step, 0
+        await self.delivery.offer(step)
+        counts = await self._record(report, groups)
         if step % plan.evaluation.every_steps == 0 and step < plan.run.steps:
             self._evaluation_due.set()
-        if step % plan.checkpoint.every_steps == 0 or not await parts.buffer.has_room():
-            await self._checkpoint()
+        await self._save_if_due(step, counts)
 
-    async def _record(self, report: StepReport, entries: tuple[GroupEntry, ...]) -> None:
+    async def _archive(self, step: int, group_ids: Sequence[str]) -> list[Group]:
+        """Write down, while the learners work, what they work on: Redis may lose it, and a later replay needs it."""
+        groups = await self.parts.buffer.fetch(group_ids)
+        await asyncio.to_thread(self.parts.archive.write, step, groups)
+        return groups
+
+    async def _record(self, report: StepReport, groups: list[Group]) -> BufferStats:
         parts = self.parts
         counts = await self._balanced_counts()
         sampling = parts.curriculum.metrics() | parts.prompts.metrics() | parts.generators.metrics()
         if self._last_evaluation is not None:
             sampling |= self._last_evaluation.metrics()
-        sampling["weights/version_behind"] = last(self.step - self.sampling_version)
+        sampling |= self._own_metrics()
         metrics = parts.account.close(report, counts, sampling)
         parts.recorder.step(report.step, metrics)
-        parts.recorder.event("step", step=report.step, batch=report.batch_digest, groups=len(entries))
-        shown = [entry.group_id for entry in entries[: self.plan.deadlines.rollouts_per_step]]
-        parts.recorder.rollouts(report.step, await parts.buffer.fetch(shown))
-        self._keep_sampling_state()
+        offered = self.delivery.offered
+        weights = offered.digest if offered is not None and offered.version == report.version else None
+        parts.recorder.event("step", step=report.step, batch=report.batch_digest, groups=len(groups), weights=weights)
+        parts.recorder.rollouts(report.step, groups[: self.plan.deadlines.rollouts_per_step])
         parts.progress.step(report.step, metrics, self._last_evaluation)
-
-    async def _balanced_counts(self) -> BufferStats:
-        """Where everything is; raises where something is nowhere. What was admitted while asking may be in flight."""
-        running, admitted = self.parts.gate.running, self._admitted
-        counts = await self.parts.buffer.stats()
-        check_balance(counts, running + self._admitted - admitted)
         return counts
 
-    def _keep_sampling_state(self) -> None:
-        state = {"prompts": self.parts.prompts.state_dict(), "curriculum": self.parts.curriculum.state_dict()}
-        run_state.save_sampling_state(self.parts.recorder.directory.path, state)
+    def _own_metrics(self) -> Metrics:
+        return {
+            "weights/version_behind": last(self.step - self.shared.sampling_version),
+            "learner/restarts/count": last(self._restarts),
+            "buffer/reconnects/count": last(self.parts.buffer.reconnects),
+        }
+
+    async def _save_if_due(self, step: int, counts: BufferStats) -> None:
+        """At the configured steps, and when the payloads that wait for a checkpoint outgrow the buffer's cap."""
+        settings = self.plan.checkpoint
+        if step % settings.every_steps == 0 or counts.leased_bytes >= self.plan.max_buffer_bytes:
+            await self.saver.save(step)
+        elif settings.memory_every_steps and step % settings.memory_every_steps == 0:
+            await self.saver.copy(step)
+
+    async def _balanced_counts(self) -> BufferStats:
+        """Where everything is; raises where something is nowhere, and stays so after Redis was told what we know."""
+        counts, in_flight = await self.sampler.counts()
+        if imbalance(counts, in_flight):
+            await self._reconcile("groups did not balance")
+            counts, in_flight = await self.sampler.counts()
+        check_balance(counts, in_flight)
+        return counts
+
+    # Batches
 
     async def _batch_or_stop(self) -> tuple[GroupEntry, ...] | None:
         """The next batch, or None once a stop was asked for."""
@@ -217,69 +191,111 @@ class Run:
                 batch.cancel()
 
     async def _next_batch(self) -> tuple[GroupEntry, ...]:
-        replay = self._ledger.pop(self.step + 1, None)
-        if replay is not None:
-            return await self.parts.buffer.lease_again(replay)
+        step = self.step + 1
+        planned = self._ledger.pop(step, None)
+        if planned is not None:
+            entries = await self.saver.redeliver(step, planned)
+            if entries is not None:
+                return entries
+            await self._void(step, planned)
         seconds, what = self.plan.deadlines.batch_deadline_s, f"{self.plan.groups_per_step} fresh groups in the buffer"
-        return await within(self._lease(), seconds, what, "the generators")
+        return await within(self._lease(step), seconds, what, "the generators")
 
-    async def _lease(self) -> tuple[GroupEntry, ...]:
+    async def _void(self, step: int, planned: Sequence[str]) -> None:
+        """A step in the ledger lost groups with Redis's last second, before anything was saved of it: start it anew."""
+        kept = await self.parts.buffer.release(step)
+        self.sampler.released(kept)
+        lost = [group_id for group_id in planned if group_id not in kept]
+        await self.sampler.sample_again(lost)
+        self.parts.recorder.event("batch_lost", step=step, sampled_again=lost, kept=len(kept))
+
+    async def _lease(self, step: int) -> tuple[GroupEntry, ...]:
         plan, parts = self.plan, self.parts
         while True:
-            self._published.clear()
-            lease = await parts.buffer.lease(plan.groups_per_step, self.step, plan.max_lag, ordered=plan.max_lag == 0)
-            for _ in lease.dropped:
-                parts.gate.drop_accepted()
-            if lease.dropped:
-                self._changed.set()
+            self.shared.published.clear()
+            ordered = plan.max_lag == 0
+            try:
+                lease = await parts.buffer.lease(step, plan.groups_per_step, self.step, plan.max_lag, ordered)
+            except BufferRewound as error:
+                await self._reconcile(str(error))
+                continue
+            self.sampler.dropped_as_stale(lease.dropped)
             if lease.entries:
+                self.sampler.leased(lease.entries)
                 return lease.entries
-            await self._published.wait()
+            await self.shared.published.wait()
 
-    # Weights
+    # When something died
 
-    async def _offer_weights(self) -> None:
-        """Have the learners write their current version down, for the broadcast loop to deliver."""
-        publish = self.parts.learners.publish(self.step)
-        what = f"the weights of version {self.step}"
-        self._offered = await within(publish, self.plan.deadlines.update_deadline_s, what, "learner rank 0")
-        self._new_weights.set()
-        if self._offered.path is None:  # nccl: the senders take part in the transfer, so the next step waits for it
-            await within(
-                self._until_delivered(self.step), self.plan.deadlines.update_deadline_s, what, "the generators"
-            )
+    async def _recover(self, error: LearnersLost | MissingGroups) -> None:
+        """Start the learner ranks anew from the newest saved state; the steps beyond it are made again.
 
-    async def _broadcast(self) -> None:
-        """Deliver the newest offered weights; a version that was overtaken while waiting is skipped."""
+        Generators go on meanwhile, up to the gate, with the versions they hold.
+        """
+        parts, plan, from_step = self.parts, self.plan, self.step
+        self._restarts += 1
+        self._restarts_in_a_row += 1
+        parts.recorder.event("learners_lost", step=from_step, reason=str(error))
+        parts.progress.note(f"[yellow]{error}[/yellow]; going back to the newest saved state")
+        if self._restarts_in_a_row > plan.max_learner_restarts:
+            raise RuntimeError(
+                f"the learner ranks were lost {self._restarts_in_a_row} times without a new step in between "
+                f"(learner.max_restarts {plan.max_learner_restarts}); the last time: {error}"
+            ) from error
+        await self.saver.settle()
+        restart = parts.learners.restart()
+        await within(restart, plan.deadlines.start_deadline_s, "the learner ranks to start again", "Ray")
+        await parts.regroup()
+        to_step = await self._load_newest()
+        self.saver.roll_back(to_step)
+        self._ledger = {step: ids for step, ids in parts.recorder.read_ledger().items() if step > to_step}
+        self._loaded_step = self.shared.step = to_step
+        parts.recorder.rewind(to_step)
+        parts.recorder.event("rollback", from_step=from_step, to_step=to_step, reason=str(error))
+
+    async def _load_newest(self) -> int:
+        copies = copies_folder(self.plan.run_id)
+        roots = (self.parts.recorder.directory.checkpoints, copies)
+        while saved := await asyncio.to_thread(checkpoints.newest_of, roots, self.plan.run_id):
+            folder, manifest = saved
+            try:
+                await asyncio.to_thread(checkpoints.verify, folder, manifest)
+            except ValueError as damage:
+                if folder.parent != copies:
+                    raise
+                self.parts.recorder.event("copy_damaged", step=manifest.step, reason=str(damage))
+                await asyncio.to_thread(checkpoints.discard, folder)
+                continue
+            load = self.parts.learners.load(str(folder))
+            await within(load, self.plan.deadlines.step_deadline_s, f"{folder.name} to load", "the learner ranks")
+            return manifest.step
+        return 0  # the ranks start at the starting weights
+
+    async def _reconcile(self, reason: str) -> None:
+        """Tell Redis what the driver knows, and sample again what only Redis knew."""
+        async with self._reconciling:
+            again = await self.sampler.reconcile()
+            await self.saver.reconcile()
+            await self.parts.buffer.confirm_leases(self.step)
+            self.parts.recorder.event("reconciled", reason=reason, sampled_again=again)
+
+    async def _watch(self) -> None:
+        """Notice a fleet that nobody is waiting for, and a Redis that was restarted or replaced."""
+        server = await self.parts.buffer.server_id()
         while True:
-            await self._new_weights.wait()
-            async with self._engines:
-                self._new_weights.clear()
-                update = self._offered
-                assert update is not None
-                seconds = self.plan.deadlines.update_deadline_s
-                what = f"policy version {update.version} to load"
-                receipts = await within(self.parts.generators.update(update), seconds, what, "the generators")
-                gaps = [verify(update, receipt, self._delivered, self.plan.max_canary_gap) for receipt in receipts]
-                self._delivered = update
-                self.sampling_version = update.version
-                self._delivery.set()
-            self.parts.recorder.event(
-                "weights_verified",
-                version=update.version,
-                digest=update.digest,
-                bytes=update.num_bytes,
-                canary_gap_nats=max(gaps),
-                seconds=[receipt.seconds for receipt in receipts],
-            )
-            self._changed.set()
+            await within(self.parts.generators.check(), 30.0, "a sign of life", "the generators")
+            now = await self.parts.buffer.server_id()
+            if now != server:
+                server = now
+                await self._reconcile("Redis was started again, or another server took over")
+            await asyncio.sleep(WATCH_EVERY_S)
 
-    async def _until_delivered(self, version: int) -> None:
-        while self._delivered is None or self._delivered.version < version:
-            self._delivery.clear()
-            await self._delivery.wait()
+    async def _before_the_end(self, error: BaseException) -> None:
+        """While everything still stands as it failed, write down how it stands."""
+        if isinstance(error, WaitExpired | GeneratorsLost | LearnersLost):
+            await self.parts.report_stall(f"{type(error).__name__}: {error}")
 
-    # Evaluation, health, checkpoints, end
+    # Evaluation and end
 
     async def _evaluate(self) -> None:
         while True:
@@ -287,7 +303,7 @@ class Run:
             self._evaluation_due.clear()
             await self._evaluate_now()
 
-    async def _evaluate_now(self) -> Evaluation:
+    async def _evaluate_now(self) -> None:
         """Score the held-out prompts at whatever version the generators hold; no weights move meanwhile."""
         plan, parts = self.plan.evaluation, self.parts
         prompts = [
@@ -296,8 +312,8 @@ class Run:
             for level in levels
             for prompt in parts.prompts.held_out(source, level, plan.prompts_per_level)
         ]
-        async with self._engines:
-            version = self.sampling_version
+        async with self.shared.engines:
+            version = self.shared.sampling_version
             work = parts.generators.evaluate(prompts, plan.temperature, self.plan.run.seed)
             what = f"{len(prompts)} held-out answers"
             graded = await within(work, self.plan.deadlines.group_deadline_s, what, "the generators")
@@ -305,42 +321,22 @@ class Run:
         self._last_evaluation = evaluation
         parts.recorder.evaluation(evaluation)
         parts.progress.evaluation(evaluation)
-        self._changed.set()
-        return evaluation
-
-    async def _watch(self) -> None:
-        """Notice the death of an engine that nobody is waiting for."""
-        while True:
-            await within(self.parts.generators.check(), 30.0, "a sign of life", "the generators")
-            await asyncio.sleep(WATCH_EVERY_S)
-
-    async def _checkpoint(self) -> None:
-        """Save, mark whole, and only then archive and let go of the groups of the saved steps."""
-        parts, plan = self.parts, self.plan
-        checkpoints = parts.recorder.directory.checkpoints
-        folder = run_state.folder_of(checkpoints, self.step)
-        save = parts.learners.save(str(folder))
-        await within(save, plan.deadlines.step_deadline_s, f"the checkpoint of step {self.step}", "the learner ranks")
-        run_state.complete(folder, run_state.Manifest(plan.run_id, self.step, self.step))
-        for step, group_ids in self._uncommitted:
-            parts.recorder.archive(step, await parts.buffer.fetch(group_ids))
-            await parts.buffer.commit(group_ids)
-        self._uncommitted.clear()
-        run_state.retire(checkpoints, plan.checkpoint.keep)
-        parts.recorder.event("checkpoint", step=self.step)
-        self._changed.set()
+        self.shared.changed.set()
 
     async def _conclude(self, outcome: Ended) -> None:
-        """Checkpoint; a finished run also evaluates its last version and accounts for what nobody will train on."""
+        """Save; a finished run also evaluates its last version and accounts for what nobody will train on."""
         parts, plan = self.parts, self.plan
-        if self._uncommitted:
-            await self._checkpoint()
+        await self.saver.settle()
+        if self.saver.steps:
+            await self.saver.save(self.step)
+            await self.saver.settle()
+        if self.saver.steps:
+            raise LearnersLost("the learner ranks died while the last checkpoint was being written")
         if outcome == "stopped":
-            self._keep_sampling_state()
             return
-        delivered = self._until_delivered(self.step)
+        delivered = self.delivery.until_delivered(self.step)
         await within(delivered, plan.deadlines.update_deadline_s, "the last weights", "the generators")
         self._evaluation_due.clear()
         await self._evaluate_now()
-        await parts.buffer.drop_buffered("surplus")
+        await parts.buffer.drop_waiting("surplus")
         await self._balanced_counts()

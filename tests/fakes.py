@@ -6,16 +6,18 @@ import asyncio
 import os
 import pathlib
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from actors.rollout import report_of
 from rl.accounting import RewardWatch, StepAccount
+from rl.archive import Archive
 from rl.buffer import Buffer
 from rl.config import CheckpointSection, CurriculumSection, EvaluationSection, MonitoringSection, RunSection
 from rl.curriculum import Curriculum
 from rl.metrics import Metrics, highest, last, mean
-from rl.orders import Draw, Graded, StepOrder, StepReport
-from rl.parts import Parts, Plan
+from rl.orders import Draw, Graded, PartStatus, StepOrder, StepReport
+from rl.parts import LearnersLost, Parts, Plan
 from rl.recorder import Recorder, RunDirectory
 from rl.run import Run
 from rl.staleness import Gate
@@ -119,6 +121,7 @@ class FakeGenerators:
     """Engines that answer at once, in a seeded random order, at the version they were last given.
 
     rewards decides a group's rewards from its draw number; fail_at raises at that draw; corrupt alters digests.
+    sampled counts how often each draw was asked for.
     """
 
     def __init__(self, buffer: Buffer, rewards=lambda draw: (0.0, 1.0), fail_at: int | None = None) -> None:
@@ -128,6 +131,7 @@ class FakeGenerators:
         self.corrupt = False
         self.version = 0
         self.updates: list[int] = []
+        self.sampled: Counter[int] = Counter()
         self.hold = asyncio.Event()
         self.hold.set()
         self._rng = random.Random(0)
@@ -135,6 +139,7 @@ class FakeGenerators:
     async def rollout(self, draw: Draw) -> GroupReport:
         if draw.draw == self.fail_at:
             raise RuntimeError("the engine died")
+        self.sampled[draw.draw] += 1
         version = self.version
         for _ in range(self._rng.randrange(5)):
             await asyncio.sleep(0)
@@ -181,12 +186,21 @@ class FakeGenerators:
     async def check(self) -> None:
         return None
 
+    async def scale(self, count: int) -> str:
+        return f"{count} generators"
+
+    def describe(self) -> list[PartStatus]:
+        return []
+
     def metrics(self) -> Metrics:
         return {"generator/idle_fraction": last(0.0)}
 
 
 class FakeLearners:
-    """Learners that count: the version is the number of steps, the batch digest names the groups."""
+    """Learners that count: the version is the number of steps, the batch digest names the groups.
+
+    lose_at holds steps at which the ranks die once, before the step is made; losing_save has the next save die.
+    """
 
     def __init__(self, groups_per_step: int) -> None:
         self.groups_per_step = groups_per_step
@@ -194,8 +208,15 @@ class FakeLearners:
         self.batches: list[tuple[int, ...]] = []
         self.lags: list[int] = []
         self.stepped = asyncio.Event()
+        self.lose_at: set[int] = set()
+        self.losing_save = False
+        self.restarts = 0
+        self._saving: tuple[str, int] = ("", 0)
 
     async def step(self, order: StepOrder) -> StepReport:
+        if order.step in self.lose_at:
+            self.lose_at.remove(order.step)
+            raise LearnersLost("learner rank 0 died")
         assert order.version == self.version and order.step == self.version + 1
         assert len(order.entries) == self.groups_per_step
         self.version += 1
@@ -227,10 +248,28 @@ class FakeLearners:
             num_bytes=2,
         )
 
-    async def save(self, folder: str) -> None:
-        os.makedirs(folder)
+    async def begin_save(self, folder: str, export: bool) -> None:
+        self._saving = (folder, self.version)
+
+    async def finish_save(self) -> None:
+        if self.losing_save:
+            self.losing_save = False
+            raise LearnersLost("learner rank 1 died")
+        folder, version = self._saving
+        os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "weights"), "w") as file:  # noqa: ASYNC230
-            file.write(str(self.version))
+            file.write(str(version))
+
+    async def load(self, folder: str) -> None:
+        with open(os.path.join(folder, "weights")) as file:  # noqa: ASYNC230
+            self.version = int(file.read())
+
+    async def restart(self) -> None:
+        self.restarts += 1
+        self.version = 0
+
+    def describe(self) -> list[PartStatus]:
+        return []
 
 
 class SilentProgress:
@@ -250,8 +289,22 @@ class SilentProgress:
         return None
 
 
+async def no_report(_: str) -> None:
+    """Where a run would write down how it stands."""
+
+
+async def no_group() -> None:
+    """Where nccl would have everybody meet."""
+
+
 def make_run(
-    directory: pathlib.Path, buffer: Buffer, steps: int = 6, max_lag: int = 2, start_step: int = 0, **generators
+    directory: pathlib.Path,
+    buffer: Buffer,
+    steps: int = 6,
+    max_lag: int = 2,
+    start_step: int = 0,
+    saving: dict[str, int] | None = None,
+    **generators,
 ) -> Run:
     """A run over fakes and a real buffer: two groups of two per step, a checkpoint every second step."""
     run_directory = RunDirectory(directory)
@@ -259,12 +312,14 @@ def make_run(
     plan = Plan(
         run=RunSection(name="fake", steps=steps),
         evaluation=EvaluationSection(every_steps=2, prompts_per_level=2),
-        checkpoint=CheckpointSection(every_steps=2, keep=1),
+        checkpoint=CheckpointSection(**({"every_steps": 2, "keep": 1} | (saving or {}))),
         deadlines=MonitoringSection(batch_deadline_s=20, group_deadline_s=20, step_deadline_s=20),
         run_id=run_directory.run_id,
         groups_per_step=2,
         max_lag=max_lag,
         max_canary_gap=0.1,
+        max_buffer_bytes=1 << 20,
+        max_learner_restarts=2,
         start_step=start_step,
     )
     parts = Parts(
@@ -276,7 +331,10 @@ def make_run(
         learners=FakeLearners(2),
         recorder=Recorder(run_directory),
         progress=SilentProgress(),
+        archive=Archive(run_directory),
         account=StepAccount(2),
         rewards=RewardWatch(0.2),
+        report_stall=no_report,
+        regroup=no_group,
     )
     return Run(plan, parts)

@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pandas
 import psutil
-import pytest
 
 from rl.process_guard import marked_processes
 
@@ -35,6 +35,7 @@ class RunProcess:
         if self.path is None:
             self.await_condition("a run directory", lambda: any(self.parent.glob("*")))
             (self.path,) = self.parent.iterdir()
+            assert self.path.is_dir()
         return self.path
 
     def await_condition(self, what: str, condition, seconds: float = DEADLINE_S):
@@ -48,9 +49,13 @@ class RunProcess:
 
     def events(self, kind: str) -> list[dict]:
         """The run's events of one kind."""
+        return [row for row in self.events_of_all_kinds() if row["event"] == kind]
+
+    def events_of_all_kinds(self) -> list[dict]:
+        """All whole lines of events.jsonl."""
         path = self.directory / "events.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [row for row in rows if row["event"] == kind]
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines if line]
 
     def press_ctrl_c(self) -> None:
         """What a terminal does: the signal reaches the driver and every process that stayed in its group."""
@@ -97,30 +102,21 @@ def _cmdline(process: psutil.Process) -> list[str]:
         return []
 
 
-@pytest.fixture
-def rl(tmp_path, model_dir):
-    """Start `rl` with arguments; whatever still lives at the end of the test is killed."""
-    started: list[RunProcess] = []
-
-    def start(*arguments: str, parent: pathlib.Path | None = None, path: pathlib.Path | None = None) -> RunProcess:
-        parent = parent or tmp_path / f"runs{len(started)}"
-        output = tmp_path / f"output{len(started)}.txt"
-        command = [sys.executable, "-m", "rl.cli", *arguments]
-        if arguments[0] == "run":
-            command += [f"model.path={model_dir}", f"run.dir={parent}"]
-        with output.open("w") as file:
-            environment = {**os.environ, "COLUMNS": "200"}
-            process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-        run = RunProcess(process, parent, output, path)
-        started.append(run)
-        return run
-
-    yield start
-    for run in started:
-        if run.process.poll() is None:
-            run.process.kill()
-            run.process.wait()
-        if run.path is not None:
-            run.await_no_family()
+def start_rl(
+    arguments: Sequence[str], folder: pathlib.Path, model_dir: str, path: pathlib.Path | None = None
+) -> RunProcess:
+    """Start `rl` with arguments; a new run puts its directory below `folder`, a resumed one has it at `path`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output = folder.with_name(f"{folder.name}-{arguments[0]}-output.txt")
+    command = [sys.executable, "-m", "rl.cli", *arguments]
+    if arguments[0] == "run":
+        command += [f"model.path={model_dir}", f"run.dir={folder}"]
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "COLUMNS": "200"},
+            start_new_session=True,
+        )
+    return RunProcess(process, folder, output, path)

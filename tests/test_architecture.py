@@ -26,12 +26,18 @@ MAY_IMPORT = {
     "actors": {"actors", "rl", "rewards"},
     "learners": {"learners", "rl"},
 }
-MAY_ALSO_IMPORT = {"rl/launch.py": {"actors", "learners", "rewards"}, "rl/cli.py": {"rewards"}}
-TOP_OF_RL = ("rl.run", "rl.launch", "rl.cli", "rl.dashboard")  # the loops and the command: nothing below may know them
+MAY_ALSO_IMPORT = {
+    "rl/launch.py": {"actors", "learners", "rewards"},
+    "rl/fleet_settings.py": {"actors", "learners", "rewards"},
+    "rl/wiring.py": {"actors", "learners"},
+    "rl/cli.py": {"rewards"},
+}
+# the loops and the command: nothing below may know them
+TOP_OF_RL = ("rl.run", "rl.wiring", "rl.launch", "rl.cli", "rl.dashboard")
 VENDOR_DOORS = {
     "vllm": {"actors/vllm_engine.py", "actors/weight_receiver.py", "learners/nccl_sender.py"},
-    "redis": {"rl/buffer.py"},
-    "ray": {"rl/launch.py", "actors/fleet.py", "learners/fleet.py"},
+    "redis": {"rl/buffer.py", "rl/redis_client.py"},
+    "ray": {"rl/launch.py", "actors/generator_process.py", "learners/fleet.py"},
 }
 HEAVY = {"torch", "transformers", "vllm", "accelerate", "safetensors"}
 SLOW = HEAVY | {"ray", "numpy", "pandas", "datasets", "reasoning_gym", "math_verify", "sympy", "redis", "pyarrow"}

@@ -65,17 +65,6 @@ def check_export(folder, run):
         assert (model(ids).logits - before(ids).logits).abs().max() > 0
 
 
-def test_with_max_lag_0_two_runs_of_one_seed_train_on_the_same_batches_bit_for_bit(rl):
-    settings = ("staleness.max_lag=0", "learner.ranks=1", "run.steps=2", "checkpoint.every_steps=9")
-    digests = []
-    for _ in range(2):
-        run = rl("run", "smoke", *settings)
-        assert run.finish() == 0, run.output.read_text()
-        assert set(run.metrics["policy/lag_max/versions"]) == {0}
-        digests.append([event["batch"] for event in run.events("step")])
-    assert digests[0] == digests[1] and len(set(digests[0])) == 2
-
-
 @pytest.mark.parametrize("setting", ["rewards.functions.correct.use=slow_reward.py:slow"])
 def test_a_reward_that_does_not_import_is_refused_before_anything_starts(rl, setting):
     run = rl("run", "smoke", setting)

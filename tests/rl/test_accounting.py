@@ -34,12 +34,12 @@ def report(rewards, dropped=None):
 
 def test_groups_that_are_nowhere_must_be_in_flight():
     check_balance(counts(), running=1)
-    with pytest.raises(RuntimeError, match="do not balance: 1 of those drawn are nowhere while 0 are in flight"):
+    with pytest.raises(RuntimeError, match="do not balance: 1 of the groups drawn are nowhere while 0 are in flight"):
         check_balance(counts(), running=0)
 
 
 def test_a_group_that_appeared_from_nowhere_is_noticed():
-    with pytest.raises(RuntimeError, match="-1 of those drawn"):
+    with pytest.raises(RuntimeError, match="-1 of the groups drawn"):
         check_balance(counts(drawn=2), running=3)
 
 
@@ -67,3 +67,11 @@ def test_a_reward_is_not_judged_by_its_first_few_failures():
         watch.observe(report((None, None)))
     with pytest.raises(ValueError, match="failed on 32 of the last 32 answers"):
         watch.observe(report((None, None)))
+
+
+def test_a_draw_that_no_generator_survived_counts_without_answers():
+    account = StepAccount(1)
+    account.add(report((), "aborted"))
+    step = StepReport(step=1, version=1, metrics={}, batch_digest="", num_tokens=0, seconds={})
+    metrics = values(account.close(step, counts(), {}))
+    assert metrics["sampling/groups"] == 1 and "sampling/completion_length/tokens" not in metrics

@@ -7,16 +7,22 @@ import secrets
 
 import pytest
 
-from rl import run_state
-from rl.buffer import Buffer
+from rl import checkpoints
+from rl.buffer import Buffer, BufferLimits
+from rl.parts import LearnersLost
+from rl.recorder import RunDirectory
+from rl.resume import take_up
 from rl.weights import WeightUpdateError
 from tests.fakes import make_run
+
+LIMITS = BufferLimits(max_bytes=1 << 20, max_groups=1000)
 
 
 @pytest.fixture
 async def buffer(redis_url, request):
     run_id = f"run-{secrets.token_hex(4)}"
-    connected = await Buffer.connect(redis_url, run_id, 1 << 20)
+    connected = await Buffer.connect(redis_url, run_id, LIMITS)
+    connected.run_id = run_id
     yield connected
     await connected.delete_run()
     await connected.close()
@@ -36,7 +42,7 @@ async def test_a_run_makes_all_its_steps_within_the_lag_bound_and_nothing_vanish
 async def test_with_max_lag_0_two_runs_train_on_the_same_batches_in_the_order_of_the_draws(redis_url, tmp_path):
     batches = []
     for name in ("one", "two"):
-        buffer = await Buffer.connect(redis_url, f"{name}-{secrets.token_hex(4)}", 1 << 20)
+        buffer = await Buffer.connect(redis_url, f"{name}-{secrets.token_hex(4)}", LIMITS)
         run = make_run(tmp_path / name, buffer, max_lag=0, rewards=lambda draw: (0.0, float(draw % 3 > 0)))
         assert await run.main() == "finished"
         assert set(run.parts.learners.lags) == {0}
@@ -80,8 +86,35 @@ async def test_a_reward_that_keeps_failing_stops_the_run_and_is_named(buffer, tm
         await run.main()
 
 
+async def resumed(directory, buffer, steps: int = 9, **settings):
+    """A second run on what a first one left."""
+    checkpoints_folder = RunDirectory(directory).checkpoints
+    folder, manifest = checkpoints.newest_checkpoint(checkpoints_folder, directory.name)
+    run = make_run(directory, buffer, steps=steps, start_step=manifest.step, **settings)
+    await take_up(run.parts, run.sampler, run.saver, manifest)
+    await run.parts.learners.load(str(folder))
+    return run
+
+
+async def ended_well(run, buffer, steps: int = 9) -> None:
+    """The run made its steps, and everything it ever drew is accounted for."""
+    assert await run.main() == "finished"
+    counts = await buffer.stats()
+    assert counts.trained_groups == 2 * steps and counts.in_flight == 0 == counts.leased_groups
+    assert counts.drawn == 2 * steps + sum(groups for groups, _ in counts.dropped.values())
+    steps_seen = [json.loads(line)["step"] for line in metrics_file(run).read_text().splitlines()]
+    assert steps_seen == list(range(1, steps + 1))
+    archive = run.parts.archive
+    trained = [group.group_id for step in archive.steps() for group in archive.read(step)]
+    assert len(trained) == len(set(trained)) == 2 * steps
+
+
+def metrics_file(run):
+    return run.parts.recorder.directory.path / "metrics.jsonl"
+
+
 async def test_a_stop_writes_a_checkpoint_and_a_resumed_run_ends_with_all_steps(buffer, tmp_path):
-    run = make_run(tmp_path / "r", buffer, steps=9)
+    run = make_run(tmp_path / buffer.run_id, buffer, steps=9)
     original = run.parts.learners.step
 
     async def step_then_stop(order):
@@ -92,45 +125,101 @@ async def test_a_stop_writes_a_checkpoint_and_a_resumed_run_ends_with_all_steps(
 
     run.parts.learners.step = step_then_stop
     assert await run.main() == "stopped"
-    folder, manifest = run_state.newest_checkpoint(run.parts.recorder.directory.checkpoints)
-    assert manifest.step == 3 and (folder / "weights").read_text() == "3"
-
-    again = make_run(tmp_path / "r", buffer, steps=9, start_step=3)
-    await run_state.reconcile(buffer, again.parts.recorder, 3)
-    counts = await buffer.stats()
-    again.parts.gate.load_state_dict({"accepted": counts.trained_groups + counts.buffered_groups, "running": 0})
-    again.parts.learners.version = 3
-    assert await again.main() == "finished"
-    counts = await buffer.stats()
-    assert counts.trained_groups == 18 and counts.in_flight == 0
+    again = await resumed(tmp_path / buffer.run_id, buffer)
+    assert again.plan.start_step == 3 and again.parts.learners.version == 3
+    await ended_well(again, buffer)
 
 
 async def test_after_a_crash_the_batches_of_unsaved_steps_come_back_in_order(buffer, tmp_path):
-    run = make_run(tmp_path / "r", buffer, steps=9)
+    run = make_run(tmp_path / buffer.run_id, buffer, steps=9)
     original = run.parts.learners.step
 
-    async def crash_at_step_5(order):
+    async def crash_at_step_6(order):
         if order.step == 6:
-            raise RuntimeError("the learner crashed")
+            raise RuntimeError("the driver crashed")
         return await original(order)
 
-    run.parts.learners.step = crash_at_step_5
-    with pytest.raises(RuntimeError, match="the learner crashed"):
+    run.parts.learners.step = crash_at_step_6
+    with pytest.raises(RuntimeError, match="the driver crashed"):
         await run.main()
-    assert run_state.newest_checkpoint(run.parts.recorder.directory.checkpoints)[1].step == 4
-
-    again = make_run(tmp_path / "r", buffer, steps=9, start_step=4)
-    await run_state.reconcile(buffer, again.parts.recorder, 4)
-    counts = await buffer.stats()
-    held = counts.trained_groups + counts.buffered_groups + counts.leased_groups
-    again.parts.gate.load_state_dict({"accepted": held, "running": 0})
-    again.parts.learners.version = 4
     ledger = run.parts.recorder.read_ledger()
-    assert await again.main() == "finished"
-    first = [f"{again.plan.run_id}/{draw:08d}" for batch in again.parts.learners.batches[:2] for draw in batch]
+    again = await resumed(tmp_path / buffer.run_id, buffer)
+    assert again.plan.start_step == 4
+    await ended_well(again, buffer)
+    first = [f"{buffer.run_id}/{draw:08d}" for batch in again.parts.learners.batches[:2] for draw in batch]
     assert tuple(first) == ledger[5] + ledger[6]
-    counts = await buffer.stats()
-    assert counts.trained_groups == 18 and counts.in_flight == 0
+
+
+async def test_what_was_being_sampled_at_a_crash_is_sampled_by_the_resumed_run_under_its_own_id(buffer, tmp_path):
+    run = make_run(tmp_path / buffer.run_id, buffer, steps=9, fail_at=14)
+    with pytest.raises(RuntimeError, match="the engine died"):
+        await run.main()
+    lost = await buffer.drawn()
+    assert any(draw.draw == 14 for draw in lost)
+    again = await resumed(tmp_path / buffer.run_id, buffer)
+    await ended_well(again, buffer)
+    assert {draw.draw for draw in lost} <= again.parts.generators.sampled.keys()
+    assert (await buffer.stats()).dropped["aborted"] == (0, 0)
+
+
+async def test_lost_learners_go_back_to_the_newest_checkpoint_and_get_the_very_batches_again(buffer, tmp_path):
+    run = make_run(tmp_path / buffer.run_id, buffer, steps=9)
+    learners = run.parts.learners
+    learners.lose_at = {4, 6}
+    await ended_well(run, buffer)
+    assert learners.restarts == 2
+    made = [(index, batch) for index, batch in enumerate(learners.batches)]
+    assert len(made) == 9 + 1 + 1, "steps 3 and 5 were made twice"
+    assert learners.batches[2] == learners.batches[3] and learners.batches[5] == learners.batches[6]
+    rolled_back = [event for event in events(run) if event["event"] == "rollback"]
+    assert [(event["from_step"], event["to_step"]) for event in rolled_back] == [(3, 2), (5, 4)]
+
+
+async def test_learners_lost_before_any_checkpoint_begin_again_at_version_0(buffer, tmp_path):
+    run = make_run(tmp_path / buffer.run_id, buffer, steps=4)
+    run.parts.learners.lose_at = {2}
+    await ended_well(run, buffer, steps=4)
+    assert run.parts.learners.batches[0] == run.parts.learners.batches[1]
+
+
+async def test_learners_lost_while_a_checkpoint_is_written_leave_the_one_before(buffer, tmp_path):
+    run = make_run(tmp_path / buffer.run_id, buffer, steps=4)
+    learners = run.parts.learners
+    original = learners.begin_save
+
+    async def begin_save(folder, export):
+        learners.losing_save = folder.endswith("step_000004") and learners.restarts == 0
+        await original(folder, export)
+
+    learners.begin_save = begin_save
+    await ended_well(run, buffer, steps=4)
+    assert learners.restarts == 1
+    assert learners.batches[2:4] == learners.batches[4:6]
+
+
+async def test_learners_that_keep_dying_at_one_step_end_the_run_with_the_reason(buffer, tmp_path):
+    run = make_run(tmp_path / buffer.run_id, buffer, steps=4)
+
+    async def step(order):
+        raise LearnersLost("learner rank 0 died of a bad batch")
+
+    run.parts.learners.step = step
+    with pytest.raises(RuntimeError, match="3 times without a new step .* died of a bad batch"):
+        await run.main()
+    assert run.parts.learners.restarts == 2
+
+
+async def test_with_copies_in_memory_fewer_steps_are_made_again(buffer, tmp_path, monkeypatch):
+    monkeypatch.setattr("rl.saving.SHARED_MEMORY", tmp_path / "memory")
+    run = make_run(tmp_path / buffer.run_id, buffer, steps=8, saving={"every_steps": 8, "memory_every_steps": 1})
+    run.parts.learners.lose_at = {6}
+    await ended_well(run, buffer, steps=8)
+    assert len(run.parts.learners.batches) == 8
+    assert len(list((tmp_path / "memory").glob("*/step_*"))) == 1
+
+
+def events(run):
+    return [json.loads(line) for line in (run.parts.recorder.directory.path / "events.jsonl").read_text().splitlines()]
 
 
 async def test_evaluations_frame_the_run_and_carry_one_version_each(buffer, tmp_path):

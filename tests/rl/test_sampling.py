@@ -1,0 +1,143 @@
+"""What the driver knows of groups that are not saved, and how it mends a Redis that lost its last second."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+
+import msgspec
+import pytest
+
+from rl.buffer import Buffer, BufferLimits
+from rl.crew import Crew
+from rl.sampling import Sampler
+from rl.shared import Shared
+from tests.fakes import make_group, make_report, make_run
+from tests.rl.rewinding import Rewinding
+
+LIMITS = BufferLimits(max_bytes=1 << 20, max_groups=1000)
+
+
+@pytest.fixture
+async def place(redis_url, tmp_path):
+    """A sampler without its loop, over a real buffer; and how to turn Redis back."""
+    run_id = f"run-{secrets.token_hex(4)}"
+    buffer = await Buffer.connect(redis_url, run_id, LIMITS)
+    run = make_run(tmp_path / run_id, buffer)
+    run.sampler.rewinding = lambda: Rewinding(redis_url, run_id)
+    yield run.sampler, buffer
+    await buffer.delete_run()
+    await buffer.close()
+
+
+async def publish(sampler: Sampler, buffer: Buffer, count: int = 1) -> list:
+    """Draw groups, have them put into the buffer, and tell the sampler so."""
+    groups = []
+    for _ in range(count):
+        draw = await sampler._next()
+        group = make_group(draw, (0.0, 1.0))
+        await buffer.put(group)
+        await sampler._absorb(make_report(group))
+        groups.append(group)
+    return groups
+
+
+def balanced(gate, stats) -> bool:
+    return 0 <= stats.in_flight <= gate.running
+
+
+async def test_a_draw_is_in_redis_before_it_is_sampled_and_leaves_with_its_group(place):
+    sampler, buffer = place
+    draw = await sampler._next()
+    assert await buffer.drawn() == (draw,)
+    await buffer.put(make_group(draw, (0.0, 1.0)))
+    assert await buffer.drawn() == ()
+
+
+async def test_a_published_group_that_redis_lost_is_sampled_again_under_its_own_draw(place):
+    sampler, buffer = place
+    await publish(sampler, buffer)
+    before = sampler.rewinding()
+    lost = await publish(sampler, buffer, 2)
+    before.turn_back()
+    assert await sampler.reconcile() == 2
+    again = [await sampler._next() for _ in range(2)]
+    assert [draw.group_id for draw in again] == [group.group_id for group in lost]
+    gate = sampler.parts.gate
+    assert (gate.accepted, gate.running) == (1, 2) and balanced(gate, await buffer.stats())
+
+
+async def test_a_draw_whose_admission_redis_lost_can_still_be_published(place):
+    sampler, buffer = place
+    before = sampler.rewinding()
+    draw = await sampler._next()
+    before.turn_back()
+    assert await sampler.reconcile() == 0
+    assert await buffer.drawn() == (draw,)
+    assert await buffer.put(make_group(draw, (0.0, 1.0)))
+
+
+async def test_a_drop_that_redis_lost_is_counted_again(place):
+    sampler, buffer = place
+    before = sampler.rewinding()
+    draw = await sampler._next()
+    await sampler._absorb(make_report(make_group(draw, (1.0, 1.0)), "zero_advantage"))
+    before.turn_back()
+    await sampler.reconcile()
+    stats = await buffer.stats()
+    assert stats.dropped["zero_advantage"][0] == 1 and stats.in_flight == 0 == sampler.parts.gate.running
+
+
+async def test_reconciling_with_a_redis_that_lost_nothing_changes_nothing(place):
+    sampler, buffer = place
+    await publish(sampler, buffer, 3)
+    await sampler._next()
+    before = await buffer.stats()
+    assert await sampler.reconcile() == 0
+    after = await buffer.stats()
+    assert msgspec.structs.replace(before, oldest_age_s=0.0) == msgspec.structs.replace(after, oldest_age_s=0.0)
+
+
+async def test_a_group_that_a_dead_generator_had_published_is_not_dropped_by_its_second_sampling(place):
+    sampler, buffer = place
+    draw = await sampler._next()
+    await buffer.put(make_group(draw, (0.0, 1.0)))  # the generator dies before it can report
+    await sampler._absorb(make_report(make_group(draw, (1.0, 1.0)), "zero_advantage"))
+    stats, gate = await buffer.stats(), sampler.parts.gate
+    assert stats.buffered_groups == 1 and stats.dropped["zero_advantage"] == (0, 0)
+    assert (gate.accepted, gate.running) == (1, 0)
+
+
+async def test_a_stale_group_gives_its_capacity_back_once_even_if_redis_drops_it_twice(place):
+    sampler, buffer = place
+    await publish(sampler, buffer)
+    before = sampler.rewinding()
+    for _ in range(2):
+        lease = await buffer.lease(1, 1, version=9, max_lag=2)
+        assert len(lease.dropped) == 1
+        sampler.dropped_as_stale(lease.dropped)
+        assert sampler.parts.gate.accepted == 0
+        before.turn_back()
+
+
+async def test_the_state_of_the_last_act_is_what_a_resumed_run_draws_from(place, tmp_path):
+    sampler, buffer = place
+    await publish(sampler, buffer, 3)
+    again = make_run(tmp_path / "again", buffer).sampler
+    again.load_state(msgspec.json.decode(await buffer.read_state()))
+    assert again.state() == sampler.state() and again.next_draw == 3
+    assert again.unseen(["x", *sampler.state()["seen"]]) == ["x"]
+
+
+async def test_rounds_are_taken_up_whole_with_the_draws_that_were_lost(place):
+    sampler, _ = place
+    sampler.plan = dataclasses.replace(sampler.plan, max_lag=0)
+    sampler.parts.gate.max_lag = 0
+    drawn = [await sampler._next() for _ in range(2)]
+    fresh = Sampler(sampler.plan, sampler.parts, Shared(0), Crew())
+    sampler.parts.gate.running = 0
+    fresh.take_up([], drawn)
+    assert fresh._room() == 2 and fresh._round_size() == 2
+    await asyncio.wait_for(fresh._sample_round(), 10)
+    assert sampler.parts.gate.accepted == 2 and fresh.next_draw == 2
