@@ -30,6 +30,7 @@ from rl.buffer import Buffer, BufferLimits
 from rl.part_killer import PART, kill_part, marks_of, part_segments, remove_generator_files, remove_segments
 from rl.process_guard import MARK
 
+GRACE_S = 1.0  # ray.kill has asked the actor to end
 CONCURRENT_CALLS = 10_000  # a generator has as many draws in hand as the gate lets in
 ACTOR_IS_GONE = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 NODE_IS_GONE = (RayActorError, WorkerCrashedError, NodeDiedError, TaskUnschedulableError)
@@ -153,7 +154,7 @@ def log_to(path: str) -> None:
 def _clear_away(
     run_id: str, part: str, deadline_s: float, shared_memory: str, index: int, segments: Sequence[str]
 ) -> None:
-    kill_part(run_id, part, deadline_s)
+    kill_part(run_id, part, deadline_s, GRACE_S)
     remove_segments(segments)
     remove_generator_files(shared_memory, run_id, index)
 

@@ -26,6 +26,7 @@ from rl.weights import NcclGroup, WeightUpdate
 
 CLOSE_SECONDS = 20.0
 KILL_SECONDS = 30.0
+GRACE_SECONDS = 1.0  # ray.kill has asked the rank to end
 DEATHS = (RayActorError, NodeDiedError, WorkerCrashedError, LocalRayletDiedError)
 # A step frees and takes the same gigabytes again. By default glibc returns them to the kernel each time, and a tenth of
 # a CPU step goes into page faults; it reads these only when a process starts.
@@ -270,9 +271,9 @@ class LearnerFleet:
         killed: list[int] = []
         for node in alive & {rank.node} if rank.node else alive:  # a node that is gone took its processes along
             if node == here:
-                killed += await asyncio.to_thread(kill_part, run_id, rank.part, KILL_SECONDS)
+                killed += await asyncio.to_thread(kill_part, run_id, rank.part, KILL_SECONDS, GRACE_SECONDS)
             else:
-                killed += await _on_node(kill_part, node).remote(run_id, rank.part, KILL_SECONDS)
+                killed += await _on_node(kill_part, node).remote(run_id, rank.part, KILL_SECONDS, GRACE_SECONDS)
         return killed
 
 

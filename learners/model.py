@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from learners.logprobs import head_logprobs
+
+logging.disable_progress_bar()  # a log is no place for one, nor is the table of `rl replay`
 
 
 class Policy(nn.Module):

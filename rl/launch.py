@@ -67,7 +67,7 @@ async def launch(
         return Outcome.of_error("refused", ValueError("\n".join(found)))
     recorder = Recorder(directory)
     wiring = Wiring(config, recorder, console)
-    stopper = Stopper(console, wiring)
+    stopper = wiring.stopper = Stopper(console, wiring)
     killed: list[str] = []
     try:
         with announce(directory.path) as desk, guarded(directory.run_id, desk.lock) as killed:
@@ -115,6 +115,8 @@ async def _assemble(stack: AsyncExitStack, wiring: Wiring, desk: Desk, resume: b
     weights = {name: source.weight for name, source in config.sources.items()}
     curriculum = Curriculum(prompts.levels, weights, config.curriculum, config.rollout.group_size, config.run.seed)
     await stack.enter_async_context(_ray(directory.run_id))
+    if wiring.stopper is not None:
+        wiring.stopper.listen()
     wiring.progress.note("starting the engines and the learner ranks")
     generators, learners = await _start_fleets(stack, wiring, threads, model_dir, url)
     devices = config.generators.count * config.generators.tensor_parallel + config.learner.ranks

@@ -40,9 +40,10 @@ def part_pids(run_id: str, part: str) -> list[int]:
     return [pid for pid in psutil.pids() if _is_marked(pid, run_id, part)]
 
 
-def kill_part(run_id: str, part: str, deadline_s: float) -> list[int]:
+def kill_part(run_id: str, part: str, deadline_s: float, grace_s: float = 0.0) -> list[int]:
     """SIGKILL every process of a part, and what they start meanwhile, until none is left; returns whom it killed.
 
+    For grace_s they are left to end by themselves: Ray, asked to end an actor, else takes its end for an accident.
     Python's resource trackers are left to end by themselves for a moment: they remove the shared memory of the others.
 
     Raises:
@@ -50,6 +51,8 @@ def kill_part(run_id: str, part: str, deadline_s: float) -> list[int]:
     """
     killed: set[int] = set()
     began = time.monotonic()
+    while time.monotonic() - began < grace_s and (left := part_pids(run_id, part)):
+        _end(set(left), run_id, part, None, grace_s)
     while left := part_pids(run_id, part):
         if time.monotonic() - began > deadline_s:
             raise TimeoutError(f"{part}: processes {left} still run {deadline_s:.0f} s after SIGKILL")
@@ -90,7 +93,7 @@ def remove_generator_files(folder: str, run_id: str, index: int) -> None:
         file.unlink(missing_ok=True)
 
 
-def _end(pids: set[int], run_id: str, part: str, number: int | None) -> None:
+def _end(pids: set[int], run_id: str, part: str, number: int | None, seconds: float = TRACKER_SECONDS / 2) -> None:
     """Signal the processes, unless number is None, and wait a moment for their end."""
     with contextlib.ExitStack() as stack:
         waiting = select.poll()
@@ -105,7 +108,7 @@ def _end(pids: set[int], run_id: str, part: str, number: int | None) -> None:
                     signal.pidfd_send_signal(pidfd, number)
                 waiting.register(pidfd, select.POLLIN)
                 held += 1
-        until = time.monotonic() + TRACKER_SECONDS / 2
+        until = time.monotonic() + seconds
         while held and (remaining := until - time.monotonic()) > 0:
             for pidfd, _ in waiting.poll(remaining * 1000):
                 waiting.unregister(pidfd)

@@ -32,6 +32,7 @@ class Wiring:
         self.recorder = recorder
         self.progress = TerminalProgress(config.run.steps, console)
         self.run: Run | None = None
+        self.stopper: Stopper | None = None
         self._fleets: tuple[GeneratorFleet, LearnerFleet] | None = None
 
     @property
@@ -99,6 +100,10 @@ class Stopper:
         self._console = console
         self._wiring = wiring
         self._main_task = asyncio.current_task()
+        self.listen()
+
+    def listen(self) -> None:
+        """Take the signals; once more after Ray has started, whose own handler of SIGTERM aborts 3 seconds later."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop)
