@@ -1,342 +1,346 @@
-"""This file is the trajectory buffer: it alone speaks Redis, and every group passes through it exactly once.
+"""This file is the trajectory buffer: every group passes through it exactly once, whatever crashes in between.
 
-    admit -> (sampling) -> put -> buffered -> lease -> leased -> commit -> trained
-                        -> drop             -> stale, surplus
+    admit -> (sampling) -> put -> waiting -> lease -> leased -> commit -> trained
+                        -> drop           -> stale, surplus
 
-A lease belongs to the run and survives the process that took it; only `commit` frees a group's memory, once a
-checkpoint holds the step that learnt from it. At every moment drawn = trained + dropped + leased + buffered + in
-flight, in groups, and the same without in flight in sampled tokens: counters move in the same script as the group
-itself, so no crash can part them. Keys carry the run id, as a hash tag for clusters; nothing is flushed or expires.
+The driver alone admits, leases, commits and drops; generators put, learner ranks fetch. A lease belongs to an optimizer
+step and survives the process that took it; only `commit` frees a group's memory, once a checkpoint holds the step that
+learnt from it. At every moment drawn = trained + dropped + leased + buffered + in flight, in groups, and the same
+without in flight in sampled tokens: counters move in the same script as the group, so no crash can part them. Keys
+carry the run id, as a hash tag for clusters; nothing is flushed, trimmed or expires.
 
-Commands are not retried: a lease whose answer was lost would be taken twice. `put`, `drop`, `commit` and `lease_again`
-are idempotent by group id, so a caller may repeat them.
+Every operation may be repeated, so it is, while the server is away (rl/redis_client.py). A server that comes back may
+have lost its last second: the driver finds that out from `holdings`, `drawn` and BufferRewound, and does it again.
 """
 
 from __future__ import annotations
 
-import re
-import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+import secrets
+import struct
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
-import redis
-import redis.asyncio
-from redis.backoff import NoBackoff
+import redis.exceptions
 
 from rl import buffer_scripts
-from rl.codec import decode_entry, decode_group, encode_entry, encode_group, entry_of
+from rl.buffer_answers import (
+    BufferLimits,
+    BufferRewound,
+    BufferStats,
+    Holdings,
+    Lease,
+    MissingGroups,
+    OversizeGroup,
+    stats_of,
+)
+from rl.buffer_scripts import PER_STEP, SCHEMA
+from rl.codec import decode, decode_entry, decode_group, encode, encode_entry, encode_group, entry_of
+from rl.orders import Draw
+from rl.redis_client import BlockingLink, BufferUnavailable, Link, check_server, durability_warning
 from rl.trajectory import DROP_REASONS, DropReason, Group, GroupEntry
 
-ANSWER_DEADLINE_S = 60.0
-BLOCK_S = 10.0  # one blocking read; well below the answer deadline, so that a silent server is told from a quiet run
-MAX_CONNECTIONS = 32
-OLDEST_REDIS = (6, 2)
-
-
-class BufferUnavailable(RuntimeError):
-    """Redis stopped answering, or refused a command, in the middle of a run."""
-
-
-class OversizeGroup(ValueError):
-    """A single group is larger than the whole buffer may be."""
-
-
-class Lease(msgspec.Struct, frozen=True):
-    """What `lease` did: `entries` to train on (none if too few were fresh), and those dropped as stale on the way."""
-
-    entries: tuple[GroupEntry, ...]
-    dropped: tuple[GroupEntry, ...]
-
-
-class BufferStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Where everything that was ever drawn is now; one consistent look.
-
-    Tokens are sampled tokens, bytes are payload. drawn, sampled_tokens (all that was published or dropped), trained and
-    dropped (reason -> groups, tokens) are totals since the run began, over restarts. oldest_age_s: seconds since the
-    oldest buffered group was published, 0 if there is none.
-    """
-
-    drawn: int
-    sampled_tokens: int
-    buffered_groups: int
-    buffered_tokens: int
-    buffered_bytes: int
-    leased_groups: int
-    leased_tokens: int
-    leased_bytes: int
-    trained_groups: int
-    trained_tokens: int
-    dropped: dict[DropReason, tuple[int, int]]
-    oldest_age_s: float
-
-    @property
-    def in_flight(self) -> int:
-        """Groups drawn that are neither published nor dropped yet."""
-        dropped = sum(groups for groups, _ in self.dropped.values())
-        return self.drawn - self.buffered_groups - self.leased_groups - self.trained_groups - dropped
+FETCHED_AT_ONCE = 32  # payloads in one answer, which must come within the answer deadline
+COMMITTED_AT_ONCE = 512  # groups in one script, which nobody else can interrupt
+WRITTEN_OFF_AT_ONCE = 1000
+SCRIPTS = {  # name -> Lua; `PUT` does without the functions
+    name: buffer_scripts.HEADER + ("" if name == "PUT" else buffer_scripts.FUNCTIONS) + body
+    for name, body in vars(buffer_scripts).items()
+    if isinstance(body, str) and name.isupper() and name not in ("HEADER", "FUNCTIONS")
+}
 
 
 class Buffer:
     """One process's connection to a run's buffer. All methods may be awaited concurrently.
 
-    Every method raises BufferUnavailable where Redis does not answer or refuses.
+    Every method raises BufferUnavailable where Redis refuses, or stays away for longer than the deadline. `warning`
+    says what is unsafe about the server, if anything; `reconnects` counts the outages that were survived.
     """
 
-    def __init__(self, client: redis.asyncio.Redis, url: str, run_id: str, max_bytes: int) -> None:
-        self._client = client
-        self._where = masked(url)
-        self._max_bytes = max_bytes
-        self._keys = _keys_of(run_id)
-        self._newest = b"0-0"  # stream id up to which `wait_published` has nothing new to tell
-        self._scripts = {
-            name: client.register_script(buffer_scripts.PRELUDE + body)
-            for name, body in vars(buffer_scripts).items()
-            if name.isupper() and name != "PRELUDE"
-        }
+    def __init__(self, link: Link, run_id: str, limits: BufferLimits, owner: str | None) -> None:
+        self.warning: str | None = None
+        self._link = link
+        self._limits = limits
+        self._owner = owner
+        self._keys = {name: key.encode() for name, key in _keys_of(run_id).items()}
+        self._requests = 0
+        self._name = secrets.token_hex(8)  # no other process's requests look like ours
+        keys = (len(self._keys), *self._keys.values())
+        self._heads = {name: (hashlib.sha1(lua.encode()).hexdigest(), *keys) for name, lua in SCRIPTS.items()}
 
     @classmethod
-    async def connect(cls, url: str, run_id: str, max_bytes: int) -> Buffer:
-        """Opens the buffer of `run_id`, new or left by an earlier process. max_bytes caps the payloads not yet leased.
+    async def connect(cls, url: str, run_id: str, limits: BufferLimits, owner: str | None = None) -> Buffer:
+        """Opens the buffer of `run_id`, new or left by an earlier process.
 
-        Raises ValueError (what the server said, and the fix) where it is unreachable, refuses, is old, or may evict.
+        owner is a token of the run directory, which keeps runs of one name apart; whoever joins a run gives none, and
+        waits for its server to come back where the owner fails at once.
+        Raises ValueError (what the server said, and the fix) where it is unreachable, refuses, is old, may evict, or
+        holds keys of this run id that are not this run's. Nothing is ever removed.
         """
         assert "}" not in run_id, f"run id {run_id!r} would end its own hash tag"
-        buffer = cls(_client(url, redis.asyncio), url, run_id, max_bytes)
+        buffer = cls(Link(url, limits.reconnect_deadline_s), run_id, limits, owner)
         try:
             await buffer._open()
-        except ValueError:
+        except BaseException:
             await buffer.close()
             raise
+        buffer._link.greet = buffer._claim_again
         return buffer
 
     async def _open(self) -> None:
         try:
-            check_server(await self._client.info(), self._where)
-            await self._scripts["OPEN"](keys=self._keys)
-        except redis.RedisError as error:
+            if self._owner is None:
+                info = await self._link.call(self._link.client.info)
+            else:
+                info = await self._link.client.info()
+            check_server(info, self._link.where)
+            self.warning = durability_warning(info, self._link.where)
+            await self._claim()
+        except (redis.RedisError, OSError, BufferUnavailable) as error:
             raise ValueError(
-                f"Redis at {self._where} refused: {error}; start it, or correct buffer.redis "
+                f"Redis at {self._link.where} refused: {error}; start it, or correct buffer.redis "
                 "(null starts an embedded server)"
             ) from error
 
+    async def _claim(self) -> None:
+        """Sees that the keys are this run's, and marks them."""
+        types = buffer_scripts.KEYS.values()
+        problem = await self._script("OPEN", (SCHEMA, self._owner or "", *types))
+        if problem:
+            kind, key, found = (part.decode() for part in problem)
+            raise ValueError(_foreign(kind, key, found, self._link.where))
+
+    async def _claim_again(self) -> None:
+        """After an outage, when the server may be another one, or may have lost the marks."""
+        try:
+            await self._claim()
+        except ValueError as error:
+            raise BufferUnavailable(str(error)) from error
+
+    @property
+    def reconnects(self) -> int:
+        """How many outages of the server this connection has survived."""
+        return self._link.reconnects
+
     async def close(self) -> None:
         """Closes the connections; the data stays."""
-        await self._client.aclose()
+        await self._link.close()
 
-    async def admit(self, count: int = 1) -> int:
-        """Counts groups as drawn and returns the first one's number, from 0 and never repeated, over restarts too.
+    async def delete_run(self) -> None:
+        """Removes this run's keys and no others; the object is of no use afterwards."""
+        await self._command("UNLINK", *self._keys.values())
 
-        Await it before they are sampled: whatever is published or dropped must have been counted first.
-        """
-        with _translated(self._where):
-            return await self._client.hincrby(self._keys[3], "drawn:groups", count) - count
+    # Drawing
+
+    async def admit(self, draw: Draw, state: bytes | None = None) -> None:
+        """Stores a draw, before it is sampled, until its group is put or dropped; with the sampling state after it."""
+        kept = () if state is None else (state,)
+        await self._run("ADMIT", draw.group_id, draw.draw, encode(draw), *kept)
+
+    async def drawn(self) -> tuple[Draw, ...]:
+        """Draws neither published nor dropped, by number: in flight, or lost with the process that sampled them."""
+        draws = [decode(data, Draw) for data in await self._command("HVALS", self._keys["drawn"])]
+        return tuple(sorted(draws, key=lambda draw: draw.draw))
 
     async def has_room(self) -> bool:
-        """Whether the payloads not yet leased stay below the cap.
+        """Whether what waits is below both caps.
 
-        Leased ones do not count: a cap full of them would keep the next batch, and with it their commit, from coming.
+        Leased payloads do not count: a cap full of them would keep the next batch, and with it their commit, from
+        coming.
         """
-        with _translated(self._where):
-            waiting = await self._client.hget(self._keys[3], "buffered:bytes")
-        return int(waiting or 0) < self._max_bytes
+        held = await self._command("HMGET", self._keys["counters"], "buffered:bytes", "buffered:groups")
+        return int(held[0] or 0) < self._limits.max_bytes and int(held[1] or 0) < self._limits.max_groups
 
     async def put(self, group: Group) -> bool:
-        """Publishes a group; False if its id is known already, whatever became of it.
+        """Publishes a group; False if it is known already, whatever became of it.
 
         Raises OversizeGroup (a ValueError) if it alone exceeds the cap.
         """
         payload = encode_group(group)
-        if len(payload) > self._max_bytes:
+        if len(payload) > self._limits.max_bytes:
             raise OversizeGroup(
-                f"oversize: group {group.group_id} has {len(payload)} bytes, buffer.max_bytes is {self._max_bytes}; "
-                "raise it, or lower rollout.group_size or rollout.max_tokens"
+                f"oversize: group {group.group_id} has {len(payload)} bytes, buffer.max_bytes is "
+                f"{self._limits.max_bytes}; raise it, or lower rollout.group_size or rollout.max_tokens"
             )
-        entry = entry_of(group, len(payload))
-        described = (entry.group_id, entry.draw, entry.oldest_version, entry.num_tokens, encode_entry(entry))
-        return bool(await self._run("PUT", *described, payload))
+        return bool(await self._run("PUT", *described(group, payload)))
 
-    async def drop(self, group_id: str, tokens: int, reason: DropReason) -> bool:
-        """Counts a group that will never be published, with its sampled tokens; False if its id is known already."""
-        assert reason in DROP_REASONS, reason
-        return bool(await self._run("DROP", group_id, tokens, reason))
+    async def drop(self, draw: int, group_id: str, tokens: int, reason: DropReason) -> bool:
+        """Counts a group that will never be published, with its sampled tokens; repeating it changes nothing.
 
-    async def lease(self, count: int, version: int, max_lag: int, ordered: bool = False) -> Lease:
-        """Leases exactly `count` buffered groups, or none if fewer are fresh at the learner's `version`.
-
-        First come, first leased; with `ordered` the lowest draws, in order of draw. Buffered groups whose lag exceeds
-        max_lag are dropped for good, whether or not the lease succeeds.
+        False if it is in the buffer: a generator that was taken for dead had published it, and it stays.
         """
-        assert count > 0, count
-        entries, stale, self._newest = await self._run("LEASE", count, version, max_lag, int(ordered))
+        assert reason in DROP_REASONS, reason
+        return bool(await self._run("DROP", group_id, draw, tokens, reason))
+
+    # Training
+
+    async def lease(self, step: int, count: int, version: int, max_lag: int, ordered: bool = False) -> Lease:
+        """Leases exactly `count` waiting groups for `step`, or none if fewer are fresh at the learner's `version`.
+
+        First come, first leased; with `ordered` the lowest draws, in order of draw. Waiting groups whose lag exceeds
+        max_lag are dropped for good, whether or not the lease succeeds. A step that has a batch gets the same again.
+        Raises BufferRewound, with nothing done, where Redis does not know that the step before was leased.
+        """
+        assert 0 < count < PER_STEP and step > 0, (step, count)
+        last, entries, stale = await self._run("LEASE", self._request(), step, count, version, max_lag, int(ordered))
+        if step > last + 1:
+            raise BufferRewound(
+                f"Redis at {self._link.where} last leased for step {last}, and step {step - 1} has been leased: the "
+                "server lost its last writes"
+            )
         return Lease(_entries(entries), _entries(stale))
 
-    async def lease_again(self, group_ids: Sequence[str]) -> tuple[GroupEntry, ...]:
-        """Redelivers groups that an earlier process leased and did not commit, in the order asked for.
+    async def lease_exactly(self, step: int, group_ids: Sequence[str]) -> tuple[GroupEntry, ...]:
+        """Leases these groups, waiting or leased, for `step`, in this order: the redelivery of a batch.
 
-        Raises ValueError naming those that are not leased.
+        Raises MissingGroups, with nothing done, where some are not in the buffer.
         """
-        missing, entries = await self._run("LEASE_AGAIN", *group_ids)
+        missing, entries = await self._run("LEASE_EXACTLY", step, *group_ids)
         if missing:
-            raise ValueError(
-                f"groups {_names(missing)} are not leased in the buffer at {self._where}, so the step that held them "
-                "cannot be repeated; resume from another checkpoint, or with the Redis data the run was using"
-            )
+            raise MissingGroups([group_id.decode() for group_id in missing], self._link.where)
         return _entries(entries)
 
-    async def leased(self) -> tuple[GroupEntry, ...]:
-        """All groups leased and not committed. After a crash some may stand in no step ledger: give those back."""
-        return _entries(await self._run("LEASED"))
+    async def restore(self, step: int, group: Group) -> None:
+        """Brings a group back from the archive, leased for `step` as the last of its batch.
 
-    async def give_back(self, group_ids: Sequence[str]) -> int:
-        """Makes leased groups available again, behind those that wait; returns how many were leased."""
-        return await self._run("GIVE_BACK", *group_ids)
+        For what Redis lost, and for what was committed for a checkpoint that turned out damaged.
+        """
+        await self._run("RESTORE", step, *described(group, encode_group(group)))
 
     async def fetch(self, group_ids: Sequence[str]) -> list[Group]:
-        """The payloads of live groups, in the order asked for. Raises ValueError naming those that are gone."""
-        if not group_ids:
-            return []
-        with _translated(self._where):
-            payloads: Any = await self._client.hmget(self._keys[1], list(group_ids))
-        return _groups(group_ids, payloads, self._where)
+        """The payloads of live groups, in the order asked for. Raises MissingGroups."""
+        payloads: list[bytes | None] = []
+        for some in _slices(group_ids, FETCHED_AT_ONCE):
+            payloads += await self._command("HMGET", self._keys["payloads"], *some)
+        return _groups(group_ids, payloads, self._link.where)
 
-    async def commit(self, group_ids: Sequence[str]) -> None:
-        """Counts leased groups as trained and frees their memory; those committed already are passed over.
+    async def commit(self, entries: Sequence[GroupEntry], step: int = 0) -> None:
+        """Counts groups as trained and frees their memory; what has ended already is passed over.
 
-        Raises ValueError naming groups that were never leased; then nothing is committed.
+        Groups that Redis knows nothing of, because it lost them with its last second, are counted as well. With `step`
+        Redis also learns that this step has been leased.
         """
-        unknown = await self._run("COMMIT", *dict.fromkeys(group_ids))
-        if unknown:
-            raise ValueError(f"groups {_names(unknown)} are not leased in the buffer at {self._where}: not committed")
+        facts = list({entry.group_id: (entry.group_id, entry.draw, entry.num_tokens) for entry in entries}.values())
+        for some in _slices(facts, COMMITTED_AT_ONCE):
+            await self._run("COMMIT", step, msgspec.msgpack.encode(some))
 
-    async def drop_buffered(self, reason: DropReason) -> tuple[GroupEntry, ...]:
-        """Drops every buffered group, as at the end of a run, and returns what they were."""
-        assert reason in DROP_REASONS, reason
-        return _entries(await self._run("DROP_BUFFERED", reason))
+    async def confirm_leases(self, step: int) -> None:
+        """Tells Redis, which may have lost it, that all steps up to this one have been leased."""
+        await self._run("COMMIT", step, msgspec.msgpack.encode([]))
 
-    async def drop_in_flight(self, reason: DropReason) -> int:
-        """Counts what was drawn and never arrived as dropped, without tokens: nobody knows how far it came.
+    async def release(self, step: int) -> list[str]:
+        """Has the groups that are leased for `step` wait again, behind all others; returns their ids."""
+        return [group_id.decode() for group_id in await self._run("RELEASE", self._request(), step)]
 
-        Only for a moment when no generator is alive, such as a restart or the end. Returns the number of groups.
+    async def write_off(self, next_draw: int) -> int:
+        """Counts draws below next_draw that nobody has as aborted; returns how many.
+
+        For the start of a resumed run, when nothing moves: Redis may have lost its last second together with a driver.
         """
-        assert reason in DROP_REASONS, reason
-        return await self._run("DROP_IN_FLIGHT", reason)
+        floor = int(await self._command("HGET", self._keys["counters"], "floor") or 0)
+        known = {int(number) for number in await self._command("SMEMBERS", self._keys["ended"])}
+        known |= {draw.draw for draw in await self.drawn()}
+        known |= {int(draw_of(facts)) for facts in await self._command("HVALS", self._keys["entries"])}
+        lost = [draw for draw in range(floor, next_draw) if draw not in known]
+        for some in _slices(lost, WRITTEN_OFF_AT_ONCE):
+            await self._run("WRITE_OFF", *some)
+        return len(lost)
 
-    async def wait_published(self, seconds: float) -> bool:
-        """Blocks until a group is published after this object's last `lease` or wait; False once `seconds` are over."""
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            block_ms = max(1, int(1000 * min(left, BLOCK_S)))  # 0 would mean forever
-            with _translated(self._where):
-                reply: Any = await self._client.xread({self._keys[0]: self._newest}, count=1, block=block_ms)
-            if reply:
-                self._newest = reply[0][1][0][0]
-                return True
-        return False
+    async def drop_waiting(self, reason: DropReason) -> tuple[GroupEntry, ...]:
+        """Drops every waiting group, as at the end of a run, and returns what they were."""
+        assert reason in DROP_REASONS, reason
+        return _entries(await self._run("DROP_WAITING", self._request(), reason))
+
+    # Looking, and the driver's own state
+
+    async def holdings(self) -> Holdings:
+        """Every live group."""
+        waiting, leased = await self._run("HOLDINGS")
+        scores = zip(leased[::2], leased[1::2], strict=True)
+        return Holdings(_entries(waiting), {name.decode(): int(score) // PER_STEP for name, score in scores})
+
+    async def keep_state(self, state: bytes) -> None:
+        """Stores the driver's sampling state in place of the last one."""
+        await self._command("SET", self._keys["state"], state)
+
+    async def read_state(self) -> bytes | None:
+        """The sampling state that was stored last."""
+        return await self._command("GET", self._keys["state"])
+
+    async def server_id(self) -> str:
+        """Changes when another server answers, or the same one has been started again."""
+        info: Any = await self._link.call(lambda: self._link.client.info("server"))
+        return str(info["run_id"])
 
     async def stats(self) -> BufferStats:
         """Counters of the whole run so far, taken at one moment."""
-        flat, age_ms = await self._run("STATS")
-        counted = Counter({name.decode(): int(value) for name, value in zip(flat[::2], flat[1::2], strict=True)})
-        return BufferStats(
-            drawn=counted["drawn:groups"],
-            sampled_tokens=counted["sampled:tokens"],
-            buffered_groups=counted["buffered:groups"],
-            buffered_tokens=counted["buffered:tokens"],
-            buffered_bytes=counted["buffered:bytes"],
-            leased_groups=counted["leased:groups"],
-            leased_tokens=counted["leased:tokens"],
-            leased_bytes=counted["leased:bytes"],
-            trained_groups=counted["trained:groups"],
-            trained_tokens=counted["trained:tokens"],
-            dropped={reason: (counted[f"{reason}:groups"], counted[f"{reason}:tokens"]) for reason in DROP_REASONS},
-            oldest_age_s=age_ms / 1000,
-        )
+        return stats_of(*await self._run("STATS"))
 
-    async def delete_run(self) -> None:
-        """Removes this run's keys and no others; the object is of no use afterwards."""
-        with _translated(self._where):
-            await self._client.unlink(*self._keys)
+    def _request(self) -> str:
+        """A name for one operation, the same in all its attempts, by which Redis tells a repetition from the next."""
+        self._requests += 1
+        return f"{self._name}/{self._requests}"
+
+    async def _command(self, *words: Any) -> Any:
+        return await self._link.call(lambda: self._link.client.execute_command(*words))
 
     async def _run(self, name: str, *arguments: Any) -> Any:
-        with _translated(self._where):
-            return await self._scripts[name](keys=self._keys, args=arguments)
+        return await self._link.call(lambda: self._script(name, arguments))
+
+    async def _script(self, name: str, arguments: Iterable[Any]) -> Any:
+        head = self._heads[name]
+        try:
+            return await self._link.client.execute_command("EVALSHA", *head, *arguments)
+        except redis.exceptions.NoScriptError:  # a server that has just started
+            return await self._link.client.execute_command("EVAL", SCRIPTS[name], *head[1:], *arguments)
 
 
 class PayloadReader:
     """A blocking reader of payloads for learner ranks, which run no event loop."""
 
-    def __init__(self, url: str, run_id: str) -> None:
-        self._client = _client(url, redis)
-        self._where = masked(url)
-        self._payloads = _keys_of(run_id)[1]
+    def __init__(self, url: str, run_id: str, deadline_s: float = 60.0) -> None:
+        self._link = BlockingLink(url, deadline_s)
+        self._payloads = _keys_of(run_id)["payloads"]
 
     def fetch(self, group_ids: Sequence[str]) -> list[Group]:
         """As `Buffer.fetch`."""
-        if not group_ids:
-            return []
-        with _translated(self._where):
-            payloads: Any = self._client.hmget(self._payloads, list(group_ids))
-        return _groups(group_ids, payloads, self._where)
+        payloads: list[bytes | None] = []
+        for some in _slices(group_ids, FETCHED_AT_ONCE):
+            words = ("HMGET", self._payloads, *some)
+            payloads += self._link.call(lambda words=words: self._link.client.execute_command(*words))
+        return _groups(group_ids, payloads, self._link.where)
 
     def close(self) -> None:
         """Closes the connection."""
-        self._client.close()
+        self._link.close()
 
 
-def masked(url: str) -> str:
-    """A Redis URL that may be shown: credentials as three stars, query left out, even where it is malformed."""
-    return re.sub("//.*@", "//***@", url).partition("?")[0]
+def _foreign(kind: str, key: str, found: str, where: str) -> str:
+    what = {
+        "type": f"is a {found}, which this version of Slipstream does not make",
+        "schema": f"has layout {found} where this version writes {SCHEMA}",
+        "owner": "belongs to another run of the same id",
+    }[kind]
+    return (
+        f"key {key} in Redis at {where} {what}; nothing was touched: give the run another run.name, use another "
+        "database, or remove the keys that start like it if nobody needs them"
+    )
 
 
-def check_server(info: dict[str, Any], where: str) -> None:
-    """Refuses, by ValueError, a server whose INFO tells that it lacks commands or may evict trajectories."""
-    version = str(info.get("redis_version", "0.0"))
-    if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_REDIS:
-        raise ValueError(f"Redis at {where} is version {version}; Slipstream needs 6.2 or newer: upgrade the server")
-    policy = str(info.get("maxmemory_policy", "noeviction"))
-    if policy.startswith("allkeys"):  # volatile-* touches only keys that expire, and none of ours does
-        raise ValueError(
-            f"Redis at {where} has maxmemory-policy {policy} and would silently evict trajectories; "
-            "set maxmemory-policy noeviction there, or set buffer.redis to another server"
-        )
+def draw_of(facts: bytes) -> float:
+    """The draw's number in a value of the hash `entries`, whose layout `keep` in rl/buffer_scripts.py decides."""
+    return struct.unpack_from(">d", facts)[0]
 
 
-@contextmanager
-def _translated(where: str) -> Iterator[None]:
-    try:
-        yield
-    except redis.RedisError as error:
-        raise BufferUnavailable(
-            f"the trajectory buffer, Redis at {where}, failed: {type(error).__name__}: {error}; "
-            "look at the server's log and memory, then resume the run"
-        ) from error
+def described(group: Group, payload: bytes) -> tuple[Any, ...]:
+    """A group as the scripts are told of it: id, draw, oldest version, tokens, entry, payload."""
+    entry = entry_of(group, len(payload))
+    return entry.group_id, entry.draw, entry.oldest_version, entry.num_tokens, encode_entry(entry), payload
 
 
-def _client(url: str, flavour: Any) -> Any:
-    """A client of `redis` or `redis.asyncio` whose calls wait for a free connection and are never repeated silently."""
-    try:
-        pool = flavour.BlockingConnectionPool.from_url(
-            url,
-            max_connections=MAX_CONNECTIONS,
-            timeout=ANSWER_DEADLINE_S,
-            socket_timeout=ANSWER_DEADLINE_S,
-            socket_read_size=1 << 20,
-            protocol=2,
-            retry=flavour.retry.Retry(NoBackoff(), 0),
-        )
-    except ValueError:  # its message may quote a part of the password
-        raise ValueError(
-            f"buffer.redis {masked(url)!r} is not a Redis URL; write redis://[user:password@]host:port/0 or "
-            "rediss://..., with special characters of the password percent-encoded"
-        ) from None
-    return flavour.Redis.from_pool(pool)
-
-
-def _keys_of(run_id: str) -> list[str]:
-    return [f"slipstream:{{{run_id}}}:{part}" for part in ("stream", "payloads", "groups", "counters")]
+def _keys_of(run_id: str) -> dict[str, str]:
+    return {part: f"slipstream:{{{run_id}}}:{part}" for part in buffer_scripts.KEYS}
 
 
 def _entries(encoded: list[bytes]) -> tuple[GroupEntry, ...]:
@@ -346,9 +350,9 @@ def _entries(encoded: list[bytes]) -> tuple[GroupEntry, ...]:
 def _groups(group_ids: Sequence[str], payloads: list[bytes | None], where: str) -> list[Group]:
     gone = [name for name, payload in zip(group_ids, payloads, strict=True) if payload is None]
     if gone:
-        raise ValueError(f"groups {', '.join(gone)} are not in the buffer at {where}: committed, dropped or never put")
+        raise MissingGroups(gone, where)
     return [decode_group(payload) for payload in payloads if payload is not None]
 
 
-def _names(group_ids: list[bytes]) -> str:
-    return ", ".join(group_id.decode() for group_id in group_ids)
+def _slices(things: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [things[first : first + size] for first in range(0, len(things), size)]

@@ -36,9 +36,10 @@ if os.getppid() == int(sys.argv[1]):
 
 
 class EmbeddedRedis:
-    """A running server. Start it from the main thread: Linux ends the server when the *thread* that started it ends."""
+    """A running server. Start and revive it from a thread that lasts: Linux ends the server when that thread ends."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, password: str) -> None:
+    def __init__(self, folder: Path, process: subprocess.Popen[bytes], port: int, password: str) -> None:
+        self._folder = folder
         self._process = process
         self._password = password
         self.port = port
@@ -52,18 +53,40 @@ class EmbeddedRedis:
         binary = find_binary()
         folder = Path(directory).resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        password = secrets.token_hex(24)
         lock = _lock(folder)
         try:
             for _ in range(PORT_ATTEMPTS):
-                server = cls(*_spawn(binary, folder, lock))
-                if server._answers(folder):
+                port = _free_port()
+                server = cls(folder, _spawn(binary, folder, lock, port, password), port, password)
+                if server._answers():
                     return server
         finally:
             os.close(lock)  # the server holds its own copy, so the directory stays locked exactly as long as it lives
-        raise ValueError(
-            f"redis-server did not start in {folder}; it said:\n{_last_words(folder)}\n"
-            "Mend that, or set buffer.redis to a server of your own"
-        )
+        raise _silent(folder)
+
+    def revive(self) -> None:
+        """Starts the server again where its process has ended, at the same address and on the same data.
+
+        Returns once it answers; does nothing while it lives. Raises ValueError where it does not start, as when another
+        process has taken its port.
+        """
+        if self.alive:
+            return
+        lock = _lock(self._folder)
+        try:
+            for _ in range(PORT_ATTEMPTS):
+                self._process = _spawn(find_binary(), self._folder, lock, self.port, self._password)
+                if self._answers():
+                    return
+        finally:
+            os.close(lock)
+        raise _silent(self._folder)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs; a stopped or hung one does."""
+        return self._process.poll() is None
 
     @property
     def url(self) -> str:
@@ -84,7 +107,7 @@ class EmbeddedRedis:
             self._process.kill()
             self._process.wait()
 
-    def _answers(self, folder: Path) -> bool:
+    def _answers(self) -> bool:
         """Waits until the server takes commands; False if it ended first, as when another process took the port."""
         deadline = time.monotonic() + START_DEADLINE_S
         while self._process.poll() is None:
@@ -92,7 +115,9 @@ class EmbeddedRedis:
                 return True
             if time.monotonic() > deadline:
                 self.stop()
-                raise ValueError(f"redis-server is not ready after {START_DEADLINE_S:.0f} s: {_last_words(folder)}")
+                raise ValueError(
+                    f"redis-server is not ready after {START_DEADLINE_S:.0f} s: {_last_words(self._folder)}"
+                )
             time.sleep(POLL_S)
         return False
 
@@ -141,13 +166,16 @@ def _lock(folder: Path) -> int:
             time.sleep(POLL_S)
 
 
-def _spawn(binary: str, folder: Path, lock: int) -> tuple[subprocess.Popen[bytes], int, str]:
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    password = secrets.token_hex(24)
+        return probe.getsockname()[1]
+
+
+def _spawn(binary: str, folder: Path, lock: int, port: int, password: str) -> subprocess.Popen[bytes]:
     settings = (
         f"bind 127.0.0.1\nport {port}\nrequirepass {password}\ndaemonize no\n"
+        "set-proc-title no\n"  # a title is written over the environment, by which a run's processes are found
         f'dir "{folder}"\nlogfile "{folder / "redis.log"}"\n'
         'save ""\nappendonly yes\nappendfsync everysec\nmaxmemory-policy noeviction\n'
     )
@@ -162,7 +190,14 @@ def _spawn(binary: str, folder: Path, lock: int) -> tuple[subprocess.Popen[bytes
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError), process.stdin as configuration:  # a dead child shows in poll()
         configuration.write(settings.encode())
-    return process, port, password
+    return process
+
+
+def _silent(folder: Path) -> ValueError:
+    return ValueError(
+        f"redis-server did not start in {folder}; it said:\n{_last_words(folder)}\n"
+        "Mend that, or set buffer.redis to a server of your own"
+    )
 
 
 def _last_words(folder: Path) -> str:

@@ -39,6 +39,7 @@ class Sampler:
         self._running: set[str] = set()
         self._waiting: set[str] = set()
         self._seen: set[str] = set()  # published, not saved yet, and evidence for the curriculum already
+        self._ahead: set[str] = set()  # leased or dropped before their report came: a generator died after publishing
         self._unfinished: list[Draw] = []  # drawn by an earlier process, or lost with it: sampled before new ones
         self._drops: deque[tuple[int, str, int, DropReason]] = deque(maxlen=REMEMBERED_DROPS)
         self._keeping = asyncio.Lock()
@@ -120,18 +121,11 @@ class Sampler:
 
     async def _absorb(self, report: GroupReport) -> None:
         """Turn a finished group into evidence; a dropped one gives its capacity back."""
-        parts, group_id = self.parts, report.group_id
-        dropped = report.dropped is not None and await self._drop(
-            report.draw, group_id, report.num_tokens, report.dropped
-        )
-        self._running.discard(group_id)
-        if dropped:
-            parts.gate.drop_running()
-            self._draws.pop(group_id, None)
-        else:  # also where a generator that died had published it: what is in the buffer counts
-            parts.gate.publish()
-            self._waiting.add(group_id)
-            self._seen.add(group_id)
+        parts = self.parts
+        if report.group_id in self._ahead:
+            self._ahead.remove(report.group_id)  # the books have it already, with what the first sampling published
+        else:
+            await self._book(report)
         self._observe(report.source, report.level, report.rewards, report.oldest_version)
         parts.account.add(report)
         parts.rewards.observe(report)
@@ -140,6 +134,19 @@ class Sampler:
             await parts.buffer.keep_state(self._encoded_state())
         self._shared.published.set()
         self._shared.changed.set()
+
+    async def _book(self, report: GroupReport) -> None:
+        gate, group_id, reason = self.parts.gate, report.group_id, report.dropped
+        dropped = reason is not None and await self._drop(report.draw, group_id, report.num_tokens, reason)
+        self._running.discard(group_id)
+        if dropped:
+            gate.drop_running()
+            self._draws.pop(group_id, None)
+            self._tell_drop(group_id, report.prompt_id, reason, report.num_tokens)
+        else:  # also where a generator that died had published it: what is in the buffer counts
+            gate.publish()
+            self._waiting.add(group_id)
+            self._seen.add(group_id)
 
     async def _drop(self, draw: int, group_id: str, tokens: int, reason: DropReason) -> bool:
         dropped = await self.parts.buffer.drop(draw, group_id, tokens, reason)
@@ -159,16 +166,28 @@ class Sampler:
 
     def leased(self, entries: Iterable[GroupEntry]) -> None:
         """These groups are a step's from now on."""
-        self._waiting.difference_update(entry.group_id for entry in entries)
+        for group_id in (entry.group_id for entry in entries):
+            self._waiting.discard(group_id)
+            if group_id in self._running:
+                self._running.remove(group_id)
+                self._ahead.add(group_id)
+                self.parts.gate.publish()
 
     def dropped_as_stale(self, entries: Iterable[GroupEntry]) -> None:
         """These groups left the buffer untrained; their capacity comes back once, even if Redis says it twice."""
         for entry in entries:
             if entry.group_id in self._waiting:
                 self._waiting.remove(entry.group_id)
-                self._forget(entry.group_id)
-                self._tell_drop(entry.group_id, entry.prompt_id, "stale", entry.num_tokens)
                 self.parts.gate.drop_accepted()
+            elif entry.group_id in self._running:
+                self._running.remove(entry.group_id)
+                self._ahead.add(entry.group_id)
+                self.parts.gate.drop_running()
+            else:
+                continue
+            self._forget(entry.group_id)
+            self._drops.append((entry.draw, entry.group_id, entry.num_tokens, "stale"))
+            self._tell_drop(entry.group_id, entry.prompt_id, "stale", entry.num_tokens)
         self._shared.changed.set()
 
     def committed(self, entries: Iterable[GroupEntry]) -> None:

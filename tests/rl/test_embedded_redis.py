@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,46 @@ def test_data_outlives_a_stop(tmp_path: Path) -> None:
         assert redis.Redis.from_url(second.url).get("kept") == b"yes"
     finally:
         second.stop()
+
+
+def test_a_killed_server_is_revived_at_the_same_address_with_its_data(server: EmbeddedRedis) -> None:
+    client = redis.Redis.from_url(server.url)
+    client.set("kept", "yes")
+    url, first = server.url, server.pid
+    server.revive()
+    assert server.alive and server.pid == first, "what lives is left alone"
+    os.kill(first, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(first)], timeout=30)
+    assert not server.alive
+    server.revive()
+    assert server.alive and server.pid != first and server.url == url
+    assert client.get("kept") == b"yes"
+
+
+def test_its_environment_stays_readable_for_who_looks_for_the_processes_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLIPSTREAM_TEST_MARK", "here")
+    server = EmbeddedRedis.start(tmp_path)
+    try:
+        assert psutil.Process(server.pid).environ().get("SLIPSTREAM_TEST_MARK") == "here"
+        assert Path(psutil.Process(server.pid).cmdline()[0]).name == "redis-server"
+    finally:
+        server.stop()
+
+
+def test_a_server_whose_port_was_taken_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded_redis, "PORT_ATTEMPTS", 1)
+    server = EmbeddedRedis.start(tmp_path)
+    server.stop()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", server.port))
+        other.listen()
+        with pytest.raises(ValueError, match=r"(?s)did not start in .*Address already in use"):
+            server.revive()
+    server.revive()
+    server.stop()
 
 
 def test_a_second_server_on_the_same_directory_is_refused(

@@ -141,3 +141,30 @@ async def test_rounds_are_taken_up_whole_with_the_draws_that_were_lost(place):
     assert fresh._room() == 2 and fresh._round_size() == 2
     await asyncio.wait_for(fresh._sample_round(), 10)
     assert sampler.parts.gate.accepted == 2 and fresh.next_draw == 2
+
+
+@pytest.mark.parametrize("version", [0, 9])
+async def test_a_group_that_is_leased_or_stale_before_its_report_comes_is_booked_once(place, version):
+    sampler, buffer = place
+    draw = await sampler._next()
+    await buffer.put(make_group(draw, (0.0, 1.0)))  # the generator dies before it can report
+    lease = await buffer.lease(1, 1, version, max_lag=2)
+    sampler.dropped_as_stale(lease.dropped)
+    sampler.leased(lease.entries)
+    gate, accepted = sampler.parts.gate, len(lease.entries)
+    assert (gate.accepted, gate.running) == (accepted, 0)
+    await buffer.commit(lease.entries)
+    await sampler._absorb(make_report(make_group(draw, (1.0, 1.0)), "zero_advantage"))
+    assert (gate.accepted, gate.running) == (accepted, 0)
+    assert (await buffer.stats()).dropped["zero_advantage"] == (0, 0)
+
+
+async def test_a_stale_drop_that_redis_lost_with_the_publication_is_counted_again(place):
+    sampler, buffer = place
+    before = sampler.rewinding()
+    await publish(sampler, buffer)
+    sampler.dropped_as_stale((await buffer.lease(1, 1, version=9, max_lag=2)).dropped)
+    before.turn_back()
+    await sampler.reconcile()
+    stats = await buffer.stats()
+    assert stats.dropped["stale"][0] == 1 and stats.in_flight == 0 == sampler.parts.gate.running
