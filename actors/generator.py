@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import pathlib
 import time
@@ -194,7 +195,8 @@ class Generator:
         """Put a group into the buffer; publishing it again after a lost answer changes nothing there."""
         try:
             await self._buffer.put(group)
-        except OversizeGroup:
+        except OversizeGroup as error:
+            logging.getLogger(__name__).warning("%s", error)  # into this generator's log, with size and fix
             return "oversize"
         return None
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+BYTES_PER_TOKEN = 10  # at least: a 64-bit log-probability with its tag, and a token id
+
 
 class Section(BaseModel):
     """A strict and frozen part of the configuration: an unknown key is an error."""
@@ -308,6 +310,12 @@ class RunConfig(Section):
             )
         if self.device == "cpu" and self.weight_backend == "nccl":
             raise ValueError("weights.backend nccl needs NVIDIA GPUs, but model.device is cpu; set it to auto")
+        largest = self.rollout.group_size * self.rollout.max_tokens * BYTES_PER_TOKEN
+        if largest > self.buffer.max_bytes:
+            raise ValueError(
+                f"buffer.max_bytes {self.buffer.max_bytes} cannot hold one group of {self.rollout.group_size} answers "
+                f"of {self.rollout.max_tokens} tokens, which has {largest} bytes or more; raise it"
+            )
         self._rewards_name_sources()
         return self
 

@@ -18,7 +18,7 @@ RECENT_STEPS = 10
 
 
 def _percent(value: float) -> str:
-    return f"{_number(100 * value, 0)}%"
+    return "-" if math.isnan(value) else f"{_number(100 * value, 0)}%"
 
 
 def _number(value: float, digits: int) -> str:

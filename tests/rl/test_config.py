@@ -59,6 +59,8 @@ def test_a_frozen_config_cannot_be_changed():
         ({"rollout__temperature": 0}, "greater than 0"),
         ({"learner__micro_batch_tokens": 100}, "raise it to 848"),
         ({"learner__ranks": 9}, "lower ranks"),
+        ({"buffer__max_bytes": 1 << 16, "rollout__max_tokens": 1000, "model__max_context_tokens": 2000,
+          "learner__micro_batch_tokens": 10000}, "has 80000 bytes or more; raise it"),
         ({"weights__backend": "nccl"}, "needs NVIDIA GPUs"),
         ({"curriculum__band_low": 0.9}, "swap them"),
         ({"run__name": "a run"}, "match pattern"),
