@@ -49,7 +49,7 @@ def test_a_step_is_one_line_with_reward_held_out_score_lag_speed_idle_and_time_l
 
 def test_what_was_not_measured_is_a_dash_and_never_a_number():
     line = shown(lambda progress: progress.step(1, {"time/step/s": last(1)}, None))
-    assert "reward - " in line and "held-out -%" in line and "nan" not in line
+    assert "reward - " in line and "held-out - " in line and "nan" not in line
 
 
 def test_an_evaluation_is_a_table_with_intervals_and_a_failed_judgement_is_not_a_zero():
