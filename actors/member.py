@@ -21,11 +21,10 @@ import msgspec
 
 from actors.board import Board
 from actors.engine import EngineDied
-from actors.heartbeat import Silent, answered
 from actors.workload import Workload
 from rl.crew import together
 from rl.orders import Draw, PartStatus
-from rl.waits import WaitExpired, within
+from rl.waits import Silent, WaitExpired, answered, within
 from rl.weights import UpdateReceipt, WeightUpdate
 
 BEATS_PER_DEADLINE = 10

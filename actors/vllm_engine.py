@@ -28,10 +28,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from actors.engine import EngineDied, EngineSettings, LoadReceipt, SampleRequest
-from actors.heartbeat import Silent, answered
 from actors.watched_process import WatchedProcess
 from actors.weight_receiver import BACKENDS
 from rl.trajectory import Completion, VersionSpan
+from rl.waits import Silent, answered
 from rl.weights import NcclGroup, TensorDigest, WeightUpdate, WeightUpdateError
 
 T = TypeVar("T")

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 from rl.orders import PartStatus
 from rl.parts import LearnersLost
+from rl.waits import Silent, answered
 
 T = TypeVar("T")
 OnEvent = Callable[..., None]
-SLICES = 20
 MAX_PAUSE_S = 5.0
 
 
@@ -161,19 +161,14 @@ class RankWatch:
             await asyncio.sleep(min(MAX_PAUSE_S, self._deadline_s / 6))
 
     async def _hear(self, rank: Rank) -> None:
-        """One sign of life. The deadline is counted in slices, lest a driver that was stopped itself blame a rank."""
-        sign = asyncio.ensure_future(rank.actor.beat.remote())
+        """One sign of life, or the end of the group."""
         try:
-            for _ in range(SLICES):
-                done, _ = await asyncio.wait({sign}, timeout=self._deadline_s / SLICES)
-                if done:
-                    rank.doing, rank.heard = sign.result(), time.monotonic()
-                    return
+            rank.doing = await answered(rank.actor.beat.remote(), self._deadline_s)
+            rank.heard = time.monotonic()
+        except Silent:
             self._lose(rank, f"gave no sign of life for {self._deadline_s:g} s (monitoring.heartbeat_deadline_s)")
         except self._deaths as error:
             self._lose(rank, f"died ({_first_line(error)})")
-        finally:
-            sign.cancel()
 
     def _lose(self, rank: Rank, how: str) -> None:
         if self._lost is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+SLICES = 20
 
 
 class WaitExpired(RuntimeError):
@@ -83,3 +84,24 @@ async def within(awaitable: Awaitable[T], seconds: float, what: str, whom: str =
         if deadline.expired():
             raise WaitExpired(what, whom, seconds) from None
         raise
+
+
+class Silent(RuntimeError):
+    """No answer came in time."""
+
+
+async def answered(call: Awaitable[T], seconds: float) -> T:
+    """The answer of a call, or Silent after `seconds` in which this process itself was awake.
+
+    The time is counted in slices: a caller that was stopped (Ctrl-Z, a debugger) or starved itself must not blame the
+    other for it, and finds on waking that one slice has passed, however long it slept.
+    """
+    task = asyncio.ensure_future(call)
+    try:
+        for _ in range(SLICES):
+            done, _ = await asyncio.wait({task}, timeout=seconds / SLICES)
+            if done:
+                return task.result()
+        raise Silent(f"no answer for {seconds:.3g} s")
+    finally:
+        task.cancel()

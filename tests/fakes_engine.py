@@ -16,12 +16,12 @@ from actors.board import Board, FleetHooks
 from actors.engine import EngineDied, LoadReceipt, SampleRequest
 from actors.generator import Generator, GeneratorSettings
 from actors.generator_process import FleetSettings, GeneratorProcess
-from actors.heartbeat import Silent, answered
 from actors.member import MemberDied
 from actors.watched_process import WatchedProcess
 from rewards.scorer import JudgeRequest, PartResult
 from rl.buffer import OversizeGroup
 from rl.trajectory import Completion, Group, VersionSpan
+from rl.waits import Silent, answered
 from rl.weights import (
     NcclGroup,
     TensorDigest,

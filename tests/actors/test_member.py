@@ -7,10 +7,10 @@ import asyncio
 import pytest
 
 from actors.board import Board
-from actors.heartbeat import Silent, answered
 from actors.member import Member, MemberDied, Pace
 from actors.workload import Workload
 from rl.orders import Draw
+from rl.waits import Silent, answered
 from rl.weights import WeightUpdateError
 from tests.fakes import make_prompt
 from tests.fakes_engine import World, until
