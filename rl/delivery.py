@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from rl.parts import Parts, Plan
+from rl.parts import LearnersLost, Parts, Plan
 from rl.shared import Shared
 from rl.waits import within
 from rl.weights import UpdateReceipt, WeightUpdate, verify
@@ -19,6 +19,7 @@ class Delivery:
         self.offered: WeightUpdate | None = None
         self._shared = shared
         self._delivered: WeightUpdate | None = None
+        self._lost: LearnersLost | None = None
         self._delivery = asyncio.Event()
         self._new_weights = asyncio.Event()
 
@@ -47,7 +48,12 @@ class Delivery:
                 assert update is not None
                 seconds = self.plan.deadlines.update_deadline_s
                 what = f"policy version {update.version} to load"
-                receipts = await within(self.parts.generators.update(update), seconds, what, "the generators")
+                try:
+                    receipts = await within(self.parts.generators.update(update), seconds, what, "the generators")
+                except LearnersLost as error:  # over nccl they take part; the training loop waits here, and rolls back
+                    self._lost = error
+                    self._delivery.set()
+                    continue
                 gaps = [self.verify(update, receipt) for receipt in receipts]
                 self._conclude(update, receipts, gaps)
             self._shared.changed.set()
@@ -77,7 +83,10 @@ class Delivery:
         )
 
     async def until_delivered(self, version: int) -> None:
-        """Wait until every working generator holds `version` or a newer one."""
+        """Wait until every working generator holds `version` or a newer one. Raises LearnersLost if its sender died."""
         while self._delivered is None or self._delivered.version < version:
             self._delivery.clear()
             await self._delivery.wait()
+            if self._lost is not None:
+                error, self._lost = self._lost, None
+                raise error

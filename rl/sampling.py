@@ -250,9 +250,10 @@ class Sampler:
                 await buffer.admit(draw, None)
         for drop in tuple(self._drops):
             await buffer.drop(*drop)
+        before = set(self._waiting)  # what is published from here on may be younger than the look at Redis
         holdings = await buffer.holdings()
         held = {entry.group_id for entry in holdings.waiting} | holdings.leased.keys()
-        lost = sorted(self._waiting - held)
+        lost = sorted((before - held) & self._waiting)
         await self.sample_again(lost)
         return len(lost)
 

@@ -52,6 +52,7 @@ class Patient:
     run: RunProcess
     start: Callable[..., RunProcess]
     healed: list[tuple[str, float]] = field(default_factory=list)  # fault -> seconds until the run was whole again
+    struck: list[float] = field(default_factory=list)  # moments, in seconds since 1970
 
     def suffer(self, faults: list[Fault]) -> None:
         """Strike one fault after the other, each once the run is whole again and has come far enough."""
@@ -63,6 +64,7 @@ class Patient:
     def _strike(self, fault: Fault) -> None:
         sign = HEALED_BY[fault.kind]
         before, struck = len(self.run.events(sign)), time.time()
+        self.struck.append(struck)
         if fault.kind == "driver":
             self.run.process.kill()
             self.run.process.wait()

@@ -9,6 +9,8 @@ import statistics
 
 import pytest
 
+from rl.archive import Archive
+from rl.recorder import RunDirectory
 from tests.chaos.audit import audit, batches
 from tests.chaos.faults import Fault
 from tests.chaos.schedule import Patient, seeded
@@ -54,14 +56,33 @@ def test_with_max_lag_0_the_loss_curve_is_that_of_an_undisturbed_run(rl):
 
 def test_how_long_it_takes_to_heal(rl):
     """Five deaths of a generator and of a rank: a table of medians, and no bound, since machines differ."""
-    settings = (*SETTINGS, "checkpoint.every_steps=1", "generators.max_restarts=9", "learner.max_restarts=9")
-    patient = Patient(rl("run", "smoke", "run.steps=40", "learner.ranks=1", *settings), rl)
+    settings = ("checkpoint.every_steps=4", "checkpoint.memory_every_steps=1")
+    patience = ("generators.max_restarts=9", "learner.max_restarts=9")
+    patient = Patient(rl("run", "smoke", "run.steps=60", "learner.ranks=1", *SETTINGS, *settings, *patience), rl)
+    struck = {}
     for kind in ("engine", "rank"):
-        times = []
         for _ in range(5):
             patient.suffer([Fault(kind, patient._steps() + 1)])
-            times.append(patient.healed[-1][1])
-        print(f"\n{kind}: median {statistics.median(times):.1f} s of {[round(each, 1) for each in times]}")
+        struck[kind] = patient.struck[-5:]
+    patient.suffer([])
+    patient.run.await_condition("one more step", lambda: patient.run.events("step")[-1]["time"] > struck["rank"][-1])
     patient.run.press_ctrl_c()
     assert patient.run.finish() == 0, patient.run.output.read_text()
     assert not audit(patient.run.directory, max_lag=2, finished=False).problems
+
+    joined, steps = patient.run.events("generator_joined"), patient.run.events("step")
+    archive = Archive(RunDirectory(patient.run.directory))
+    published = [group.finished_at for step in archive.steps() for group in archive.read(step)]
+    finished = sorted([*published, *(event["time"] for event in patient.run.events("dropped"))])
+    tell("SIGKILL of a generator's engine to its return, verified", struck["engine"], [e["time"] for e in joined])
+    after_joining = [next(moment for moment in finished if moment > event["time"]) for event in joined]
+    tell("SIGKILL of a generator's engine to its next finished group", struck["engine"], after_joining)
+    tell("SIGKILL of a rank to the next step", struck["rank"], [event["time"] for event in steps])
+    bare = [event["seconds"] for event in patient.run.events("learners_restarted")]
+    print(f"the new rank's own start: median {statistics.median(bare):.1f} s of {[round(each, 1) for each in bare]}")
+
+
+def tell(what: str, struck: list[float], moments: list[float]) -> None:
+    """Print how long after each fault the first of the moments came."""
+    times = [next(moment for moment in moments if moment > fault) - fault for fault in struck]
+    print(f"\n{what}: median {statistics.median(times):.1f} s of {[round(each, 1) for each in times]}", end="")

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from rl.delivery import Delivery
+from rl.parts import LearnersLost
 from rl.weights import WeightUpdateError
 from tests.fakes import make_run
 
@@ -83,3 +84,16 @@ async def test_no_generator_being_there_does_not_hold_a_version_up(run):
     await run.delivery.offer(0)
     await until_delivered(run.delivery, 0)
     assert verified(run)[0]["generators"] == [] and verified(run)[0]["canary_gap_nats"] is None
+
+
+async def test_a_sender_that_dies_in_the_transfer_is_told_to_the_training_loop_and_not_to_the_crew(run):
+    async def broken(update):
+        raise LearnersLost("learner rank 0 died while sending")
+
+    run.parts.generators.update = broken
+    await run.delivery.offer(0)
+    loop = asyncio.create_task(run.delivery.loop())
+    with pytest.raises(LearnersLost, match="while sending"):
+        await run.delivery.until_delivered(0)
+    assert not loop.done()
+    loop.cancel()
