@@ -8,7 +8,8 @@ import secrets
 import pytest
 
 from rl import checkpoints
-from rl.buffer import Buffer, BufferLimits
+from rl.buffer import Buffer, BufferLimits, BufferUnavailable
+from rl.embedded_redis import EmbeddedRedis
 from rl.recorder import RunDirectory
 from rl.resume import number_of, take_up
 from tests.fakes import make_group, make_run
@@ -116,3 +117,40 @@ async def test_draws_that_redis_lost_with_the_driver_are_written_off_and_their_n
 
 def test_a_group_id_ends_in_the_number_of_its_draw():
     assert number_of("sums-20260101/00000042") == 42
+
+
+async def test_a_redis_that_stays_away_stops_the_run_and_the_run_goes_on_when_it_is_back(tmp_path):
+    server = EmbeddedRedis.start(tmp_path / "redis")
+    run_id, limits = "run-1", BufferLimits(max_bytes=1 << 20, max_groups=1000, reconnect_deadline_s=0.2)
+    buffer = await Buffer.connect(server.url, run_id, limits, owner="me")
+    run = make_run(tmp_path / run_id, buffer, steps=STEPS)
+    original = run.parts.learners.step
+
+    async def lose_redis(order):
+        if order.step == 6:
+            server.stop()
+        return await original(order)
+
+    run.parts.learners.step = lose_redis
+    with pytest.raises(BufferUnavailable, match="resume"):
+        await run.main()
+    await buffer.close()
+    server.revive()
+    again_buffer = await Buffer.connect(server.url, run_id, limits, owner="me")
+    directory = run.parts.recorder.directory
+    folder, manifest = checkpoints.newest_checkpoint(directory.checkpoints, run_id)
+    again = make_run(directory.path, again_buffer, steps=STEPS, start_step=manifest.step)
+    await take_up(again.parts, again.sampler, again.saver, manifest)
+    await again.parts.learners.load(str(folder))
+    await finishes(again)
+    await again_buffer.close()
+    server.stop()
+
+
+async def test_a_run_of_the_same_id_from_another_directory_is_refused(redis_url):
+    run_id = f"run-{secrets.token_hex(4)}"
+    mine = await Buffer.connect(redis_url, run_id, LIMITS, owner="one directory")
+    with pytest.raises(ValueError, match="belongs to another run of the same id; nothing was touched"):
+        await Buffer.connect(redis_url, run_id, LIMITS, owner="another")
+    await mine.delete_run()
+    await mine.close()
