@@ -23,7 +23,7 @@ lint: venv
 	@.venv/bin/pyright
 
 bench: venv
-	@$(PYTHON) -m pytest tests/benchmarks -s -o python_files='bench_*.py' $(ARGS)
+	@for benchmark in tests/benchmarks/bench_*.py; do $(PYTHON) $$benchmark; done
 
 chaos: venv
 	@$(PYTHON) -m pytest tests/chaos -s -m chaos $(ARGS)
