@@ -55,7 +55,7 @@ def allocates(completion): return float(len(bytearray(64 << 30)))
 def crashes(completion): os._exit(7)
 def segfaults(completion): os.kill(os.getpid(), signal.SIGSEGV)
 def is_killed(completion): os.kill(os.getpid(), signal.SIGKILL)
-def closes_files(completion): os.closerange(3, 64)
+def closes_files(completion): os.closerange(3, 1 << 16)
 def hangs(completion):
     while True: pass
 async def hangs_async(completion): await asyncio.sleep(3600)
