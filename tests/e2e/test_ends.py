@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -20,16 +19,6 @@ def test_the_first_ctrl_c_stops_with_a_checkpoint_and_exit_status_0(rl):
     assert run.outcome["status"] == "stopped"
     assert run.events("checkpoint")[-1]["step"] == run.outcome["step"] >= 1
     run.await_no_family(1)
-
-
-def test_nothing_survives_a_driver_that_was_killed_without_warning(rl):
-    run = rl("run", "smoke", *LONG)
-    run.await_condition("verified weights", lambda: run.events("weights_verified"))
-    assert len(run.family()) > 5
-    run.process.kill()
-    run.process.wait()
-    run.await_no_family(30)
-    assert not [name for name in os.listdir("/dev/shm") if run.directory.name in name]
 
 
 def test_generators_come_and_go_by_request_sigterm_stops_the_run_and_a_past_step_can_be_made_again(rl):
