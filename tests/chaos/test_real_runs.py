@@ -1,6 +1,6 @@
 """Real runs through every kind of death, at seeded moments, and then an audit of what they left: `make chaos`.
 
-The default suite has one such run (tests/e2e/test_healing.py); these take a quarter of an hour.
+The default suite has one such run (tests/e2e/test_healing.py); these take twenty minutes.
 """
 
 from __future__ import annotations
