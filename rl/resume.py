@@ -46,8 +46,7 @@ async def take_up(parts: Parts, sampler: Sampler, saver: Saver, manifest: Manife
         sampler.see(group)
     written_off = await buffer.write_off(sampler.next_draw)
     counts = await buffer.stats()
-    accepted = counts.trained_groups + counts.leased_groups + counts.buffered_groups
-    parts.gate.load_state_dict({"accepted": accepted, "running": len(unfinished)})
+    parts.gate.resume(counts.trained_groups + counts.leased_groups + counts.buffered_groups)
     parts.recorder.rewind(manifest.step)
     found = TakenUp(
         step=manifest.step,

@@ -131,7 +131,8 @@ class Run:
     async def _archive(self, step: int, group_ids: Sequence[str]) -> list[Group]:
         """Write down, while the learners work, what they work on: Redis may lose it, and a later replay needs it."""
         groups = await self.parts.buffer.fetch(group_ids)
-        await asyncio.to_thread(self.parts.archive.write, step, groups)
+        writing = asyncio.to_thread(self.parts.archive.write, step, groups)
+        await within(writing, self.plan.deadlines.step_deadline_s, f"the archive of step {step}", "the disk")
         return groups
 
     async def _record(self, report: StepReport, groups: list[Group]) -> BufferStats:

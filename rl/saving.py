@@ -112,7 +112,8 @@ class Saver:
         except LearnersLost:
             await asyncio.to_thread(checkpoints.discard, folder)
             return False
-        await asyncio.to_thread(checkpoints.complete, folder, manifest)
+        digesting = asyncio.to_thread(checkpoints.complete, folder, manifest)
+        await within(digesting, deadline_s, f"the digests of the checkpoint of step {manifest.step}", "the disk")
         return True
 
     async def _complete(self, folder: pathlib.Path, manifest: Manifest) -> None:

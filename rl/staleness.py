@@ -75,15 +75,9 @@ class Gate:
         """Whether a group may be trained at the learner's `version`: the hard bound."""
         return self.lag(version, oldest_version) <= self.max_lag
 
-    def state_dict(self) -> dict[str, int]:
-        """The counters."""
-        return {"accepted": self.accepted, "running": self.running}
+    def resume(self, accepted: int) -> None:
+        """Count what an earlier process left: trained, leased and waiting groups, which the buffer knows.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Set the counters.
-
-        After a crash the buffer knows better than a checkpoint: accepted is then the groups of the saved steps plus
-        those it still holds, and running is 0.
+        What it left unfinished is admitted again, draw by draw.
         """
-        self.accepted = state["accepted"]
-        self.running = state["running"]
+        self.accepted = accepted
