@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
+import shutil
 from collections.abc import Callable
 
 import msgspec
@@ -78,6 +80,31 @@ def shared_memory_bytes(parameters: int) -> int:
 def checkpoint_bytes(parameters: int) -> int:
     """Disk of one checkpoint: sharded fp32 state and the bf16 Hugging Face export."""
     return (BYTES_PER_PARAMETER_STATE + BYTES_PER_PARAMETER_EXPORT) * parameters
+
+
+def checkpoints_at_once(config: RunConfig) -> int:
+    """Complete checkpoints on disk at the fullest moment: those that stay, and the one that replaces the oldest."""
+    return min(config.checkpoint.keep + 1, math.ceil(config.run.steps / config.checkpoint.every_steps))
+
+
+def disk_shortfall(config: RunConfig, folder: pathlib.Path) -> str | None:
+    """What is wrong with the disk of the run directory `folder`, with the fix; None where its checkpoints will fit.
+
+    What lies in the folder already counts as room: a resumed run replaces it.
+    """
+    parameters = model_size.count_parameters(config.model.path)
+    if parameters is None:
+        return None
+    there = sum(file.stat().st_size for file in folder.glob("checkpoints/**/*") if file.is_file())
+    needed = checkpoints_at_once(config) * checkpoint_bytes(parameters)
+    free = shutil.disk_usage(folder).free
+    if free + there >= needed:
+        return None
+    return (
+        f"the disk of {folder} has {free:,} bytes free, but {checkpoints_at_once(config)} checkpoints of "
+        f"{checkpoint_bytes(parameters):,} bytes will be on it at once; free some space, set run.dir to another disk, "
+        f"or lower checkpoint.keep (now {config.checkpoint.keep})"
+    )
 
 
 def devices_needed(config: RunConfig) -> int:
@@ -259,8 +286,8 @@ def _size_rows(config: RunConfig, parameters: int | None) -> list[Row]:
         Row(
             "size",
             "checkpoints on disk, at most",
-            _size((kept + 1) * checkpoint_bytes(parameters)),
-            f"{kept} kept and one being written, every {config.checkpoint.every_steps} steps",
+            _size(checkpoints_at_once(config) * checkpoint_bytes(parameters)),
+            f"{kept} kept and one being written, one every {config.checkpoint.every_steps} steps",
         ),
         Row("size", "host memory, roughly", _size(memory_bytes(config, parameters)), "all processes together"),
     ]

@@ -21,7 +21,7 @@ from rl import checkpoints
 from rl.accounting import RewardWatch, StepAccount
 from rl.archive import Archive
 from rl.buffer import Buffer
-from rl.check import Threads, available_cores, problems, share_threads
+from rl.check import Threads, available_cores, disk_shortfall, problems, share_threads
 from rl.checkpoints import Manifest
 from rl.config import RunConfig
 from rl.control import AlreadyRunning, Answer, Desk, announce
@@ -111,6 +111,8 @@ async def _assemble(stack: AsyncExitStack, wiring: Wiring, desk: Desk, resume: b
     threads = share_threads(config, available_cores())
     wiring.progress.note(_banner(config, directory, threads))
     model_dir = await asyncio.to_thread(resolve_model, config.model.path)
+    if shortfall := disk_shortfall(config, directory.path):
+        raise ValueError(shortfall)  # now, and not after the first step
     prompts = await asyncio.to_thread(_open_prompts, config, model_dir)
     weights = {name: source.weight for name, source in config.sources.items()}
     curriculum = Curriculum(prompts.levels, weights, config.curriculum, config.rollout.group_size, config.run.seed)

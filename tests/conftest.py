@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 
 import pytest
 
@@ -58,3 +59,5 @@ def rl(tmp_path, model_dir):
             run.process.wait()
         if run.path is not None:
             run.await_no_family()
+        for checkpoints in run.parent.glob("*/checkpoints"):
+            shutil.rmtree(checkpoints)  # gigabytes that pytest would keep with the rest where the test failed

@@ -110,7 +110,7 @@ def start_rl(
     output = folder.with_name(f"{folder.name}-{arguments[0]}-output.txt")
     command = [sys.executable, "-m", "rl.cli", *arguments]
     if arguments[0] == "run":
-        command += [f"model.path={model_dir}", f"run.dir={folder}"]
+        command += [f"model.path={model_dir}", f"run.dir={folder}", "checkpoint.keep=1"]
     with output.open("w") as file:
         process = subprocess.Popen(
             command,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from rich.console import Console
 
 from rl.check import (
     arithmetic,
     checkpoint_bytes,
+    checkpoints_at_once,
     devices_needed,
+    disk_shortfall,
     longest_group_tokens,
     memory_bytes,
     problems,
@@ -128,3 +132,20 @@ def test_the_table_shows_every_row_once():
     with console.capture() as capture:
         console.print(render(rows, "arithmetic"))
     assert all(capture.get().count(row.what) == 1 for row in rows)
+
+
+def test_a_run_whose_checkpoints_do_not_fit_on_the_disk_is_refused_with_bytes_and_a_fix(tmp_path, monkeypatch):
+    config = config_with("checkpoint.every_steps=10", "checkpoint.keep=2")
+    needed = 3 * checkpoint_bytes(135_000_000)
+    free = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr("rl.check.shutil.disk_usage", lambda folder: free)
+    told = disk_shortfall(config, tmp_path)
+    assert f"{needed - 1:,} bytes free" in told and "3 checkpoints" in told and "checkpoint.keep (now 2)" in told
+    (tmp_path / "checkpoints" / "step_000010").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_000010" / "state").write_bytes(b"x")
+    assert disk_shortfall(config, tmp_path) is None, "what lies there already will be replaced"
+
+
+def test_a_run_with_fewer_saves_than_it_may_keep_needs_the_disk_of_those_only():
+    assert checkpoints_at_once(config_with("run.steps=5", "checkpoint.every_steps=10", "checkpoint.keep=2")) == 1
+    assert checkpoints_at_once(config_with("run.steps=40", "checkpoint.every_steps=10", "checkpoint.keep=2")) == 3
