@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := run
-.PHONY: run test lint bench chaos venv
+.PHONY: run test lint bench chaos algorithms study venv docs
 
 VARIANT := $(if $(shell command -v nvidia-smi),gpu,cpu)
 # The stamp's name is a checksum of what .venv was made from: a changed pin asks for a new stamp.
@@ -27,6 +27,15 @@ bench: venv
 
 chaos: venv
 	@$(PYTHON) -m pytest tests/chaos -s -m chaos $(ARGS)
+
+algorithms: venv
+	@$(PYTHON) -m pytest tests/e2e/test_every_algorithm.py -m algorithms $(ARGS)
+
+study: venv
+	@$(PYTHON) -m tests.study.study $(ARGS)
+
+docs: venv
+	@$(PYTHON) -m tests.learners.algorithms_page
 
 venv: $(STAMP)
 

@@ -1,62 +1,109 @@
-"""This file is the table of algorithms: a name, its advantage, its loss, its aggregation. Where is GRPO? Here.
+"""This file is the table of algorithms: which functions stand behind each name of the config. Where is GRPO? Here.
 
-Add a row for a new combination; add a function beside its like in advantages.py or losses.py for a new part.
+A published name is a row of PRESETS in rl/algorithm_config.py, which must not import torch. `grpo` there is advantage
+grpo, loss ppo_clip and aggregation sequence_mean, and each of the three is a row of ADVANTAGES, LOSSES or AGGREGATIONS.
+To add one: the function beside its like, its row, its knobs in rl/algorithm_config.py, its oracle in tests/learners.
+docs/algorithms.md, which `make docs` writes, lists them all.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from learners import advantages, losses
+import torch
+from torch import Tensor
 
+from learners import losses
+from learners.advantages import ADVANTAGES, Estimator
+from learners.aggregations import AGGREGATIONS, Aggregation
+from learners.losses import Loss, Prepare, TokenLosses, Tokens
+from learners.penalties import DIVERGENCES, outside_band
+from rl import algorithm_config as knobs
+from rl.algorithm_config import AlgorithmSection
 
-@dataclass(frozen=True)
-class BatchSize:
-    """The scored part of a whole batch, over all ranks, counted from metadata before anything is masked.
-
-    num_tokens are sampled tokens; max_tokens is the longest completion that sampling allows.
-    """
-
-    num_tokens: int
-    num_trajectories: int
-    max_tokens: int
-
-
-Normaliser = Callable[[BatchSize], float]
-
-
-def token_mean(size: BatchSize) -> float:
-    """Every token of the batch weighs the same. DAPO, arXiv 2503.14476."""
-    return float(size.num_tokens)
-
-
-def constant_length(size: BatchSize) -> float:
-    """Every trajectory counts as one of full length, so that none gains by its length. Dr. GRPO, arXiv 2503.20783."""
-    return float(size.num_trajectories * size.max_tokens)
+LOSSES: dict[type, Callable[[Any], Loss]] = {
+    knobs.PpoClip: lambda k: partial(
+        losses.ppo_clip, clip_low=k.clip_low, clip_high=k.clip_high, dual_clip=k.dual_clip
+    ),
+    knobs.Decoupled: lambda k: partial(
+        losses.decoupled,
+        anchor=k.anchor,
+        clip_low=k.clip_low,
+        clip_high=k.clip_high,
+        weight_high=k.weight_high,
+    ),
+    knobs.Cispo: lambda k: partial(losses.cispo, weight_low=k.weight_low, weight_high=k.weight_high),
+    knobs.Aipo: lambda k: partial(losses.aipo, weight_high=k.weight_high),
+    knobs.Tis: lambda k: partial(losses.tis, level=k.level, weight_high=k.weight_high),
+    knobs.Icepop: lambda k: partial(losses.icepop, level=k.level, weight_low=k.weight_low, weight_high=k.weight_high),
+    knobs.Gspo: lambda k: partial(losses.gspo, clip_low=k.clip_low, clip_high=k.clip_high),
+    knobs.DppoTv: lambda k: partial(losses.dppo_tv, delta=k.delta, kappa=k.kappa),
+    knobs.M2po: lambda k: losses.m2po,
+}
+PREPARES: dict[type, Callable[[Any], Prepare]] = {  # losses that must see the whole batch before any token's loss
+    knobs.M2po: lambda k: partial(losses.second_moment_cutoff, tau=k.tau),
+}
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """The gradient of a batch is that of sum(loss over its tokens) / normaliser."""
+    """The gradient of a batch is that of the sum over its tokens of aggregation weight * objective.
 
-    advantage: advantages.Estimator
-    loss: losses.Loss
-    normaliser: Normaliser
+    prepare makes Tokens.cutoff of log r [M] of the whole batch's tokens; None: no forward pass ahead is needed.
+    """
+
+    advantage: Estimator
+    aggregation: Aggregation
+    loss: Loss
+    prepare: Prepare | None
+    section: AlgorithmSection
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether Tokens.reference_N must be given."""
+        return self.section.kl is not None
+
+    @property
+    def needs_entropy_gradient(self) -> bool:
+        """Whether Tokens.entropy_N must carry a gradient."""
+        return self.section.entropy_coefficient > 0
+
+    def objective(self, tokens: Tokens) -> TokenLosses:
+        """loss + kl.coefficient * KL(π, reference) - entropy_coefficient * entropy, per token [N].
+
+        A token that mask or mask_truncated leaves out counts for nothing: no loss, no pull, no bonus. One that the loss
+        itself leaves out (icepop, dppo_tv, m2po) loses its policy term only, since the loss judges no more than that.
+        """
+        found, section = self.loss(tokens), self.section
+        loss_N, out_N = found.loss_N, self._left_out(tokens)
+        if section.kl is not None:
+            assert tokens.reference_N is not None, "algorithm.kl is set, but the tokens carry no reference"
+            divergence_N = DIVERGENCES[section.kl.estimator](tokens.logprobs_N, tokens.reference_N)
+            loss_N = loss_N + section.kl.coefficient * divergence_N
+        if section.entropy_coefficient > 0:
+            loss_N = loss_N - section.entropy_coefficient * tokens.entropy_N
+        return TokenLosses(
+            loss_N=torch.where(out_N, 0.0, loss_N),
+            clipped_N=found.clipped_N & ~out_N,
+            masked_N=found.masked_N | out_N,
+        )
+
+    def _left_out(self, tokens: Tokens) -> Tensor:
+        out_N = tokens.truncated_N if self.section.mask_truncated else torch.zeros_like(tokens.truncated_N)
+        mask = self.section.mask
+        return out_N if mask is None else out_N | outside_band(tokens, mask.level, mask.low, mask.high)
 
 
-ALGORITHMS: dict[str, Algorithm] = {
-    "cispo": Algorithm(advantages.grpo, losses.cispo, token_mean),
-    "dr_grpo": Algorithm(advantages.dr_grpo, losses.cispo, constant_length),
-    "rloo": Algorithm(advantages.rloo, losses.cispo, token_mean),
-}
-
-
-def find_algorithm(name: str) -> Algorithm:
-    """The table's row of that name. Raises ValueError with the nearest names."""
-    if name not in ALGORITHMS:
-        near = difflib.get_close_matches(name, ALGORITHMS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
-        raise ValueError(f"algorithm.name is {name!r}, but the algorithms are {', '.join(ALGORITHMS)}; {hint}")
-    return ALGORITHMS[name]
+def find_algorithm(section: AlgorithmSection) -> Algorithm:
+    """The functions that a validated section names, with its knobs bound."""
+    kind = type(section.loss)
+    return Algorithm(
+        advantage=ADVANTAGES[section.advantage],
+        aggregation=AGGREGATIONS[section.aggregation],
+        loss=LOSSES[kind](section.loss),
+        prepare=PREPARES[kind](section.loss) if kind in PREPARES else None,
+        section=section,
+    )

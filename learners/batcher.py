@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from learners.advantages import Estimator
-from learners.algorithms import BatchSize
+from learners.advantages import Advantages
+from learners.aggregations import Aggregation
 from rl.trajectory import Group, GroupEntry
 
 PADDING = -1
@@ -26,12 +26,33 @@ class BatchPlan:
     """Who trains what. micro_batches[rank][i] holds indices into the batch's entries, [] where a rank just takes part.
 
     Every rank has the same number of micro-batches, because a forward pass is a collective under FSDP.
-    rank_tokens are the answer tokens of each rank. size is what the loss is normalised by.
+    rank_tokens are the answer tokens of each rank. weights[group][i] is what each token of the group's i-th scored
+    trajectory weighs in the loss.
     """
 
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
     rank_tokens: tuple[int, ...]
-    size: BatchSize
+    weights: tuple[tuple[float, ...], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Answer tokens of the batch."""
+        return sum(self.rank_tokens)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A group with what the whole batch decides of it: advantages by trajectory, weights by scored trajectory."""
+
+    group: Group
+    advantages: Advantages
+    weights: tuple[float, ...]
+
+    @property
+    def weight(self) -> float:
+        """What all its tokens weigh together."""
+        lengths = [len(t.completion.token_ids) for t in self.group.trajectories if t.reward is not None]
+        return sum(weight * length for weight, length in zip(self.weights, lengths, strict=True))
 
 
 @dataclass(frozen=True)
@@ -39,7 +60,8 @@ class MicroBatch:
     """The tensors of one forward pass. source_N are indices into [B * L]: where each target's logits come from.
     num_real of the B * L tokens are no padding.
 
-    behaviour_N (nats) and advantages_N are fp64. lags_N, fp64, counts policy versions.
+    behaviour_N (nats), advantages_N and weights_N are fp64. lags_N, fp64, counts policy versions. sequence_N numbers
+    the trajectories from 0; truncated_N marks the tokens of answers that were cut at max_tokens.
     """
 
     ids_BL: Tensor
@@ -50,7 +72,15 @@ class MicroBatch:
     behaviour_N: Tensor
     advantages_N: Tensor
     lags_N: Tensor
+    weights_N: Tensor
+    sequence_N: Tensor
+    truncated_N: Tensor
     num_real: int
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What a forward pass takes, in the order of Policy.forward."""
+        return self.ids_BL, self.positions_BL, self.mask_B1LL, self.source_N, self.targets_N
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device."""
@@ -58,7 +88,9 @@ class MicroBatch:
         return replace(self, **tensors)
 
 
-def plan_batch(entries: Sequence[GroupEntry], world_size: int, micro_batch_tokens: int, max_tokens: int) -> BatchPlan:
+def plan_batch(
+    entries: Sequence[GroupEntry], world_size: int, micro_batch_tokens: int, aggregation: Aggregation, max_tokens: int
+) -> BatchPlan:
     """Spread groups over ranks and micro-batches; the same everywhere, because it looks at nothing but its arguments.
 
     Longest first to the least loaded rank; within a rank, rows of similar length share a micro-batch of at most
@@ -86,21 +118,18 @@ def plan_batch(entries: Sequence[GroupEntry], world_size: int, micro_batch_token
     return BatchPlan(
         micro_batches=tuple(tuple(mine) + ((),) * (count - len(mine)) for mine in split),
         rank_tokens=tuple(sum(_scored_tokens(entries[i]) for i in mine) for mine in of_rank),
-        size=BatchSize(
-            num_tokens=sum(map(_scored_tokens, entries)),
-            num_trajectories=sum(sum(entry.scored) for entry in entries),
-            max_tokens=max_tokens,
-        ),
+        weights=tuple(map(tuple, aggregation([_scored_lengths(entry) for entry in entries], max_tokens))),
     )
 
 
-def pack(groups: Sequence[Group], advantage: Estimator, version: int) -> MicroBatch:
+def pack(shares: Sequence[Share], version: int) -> MicroBatch:
     """Groups to tensors, one row each. version is the learner's, from which a token's lag counts.
 
     Without groups it gives one row of one token and no answers: a rank takes part in the collectives of a micro-batch
     that only others have work for.
     """
-    rows = [_pack_row(group, advantage, version) for group in groups] or [_Row([0], [0], [0])]
+    rows = [_pack_row(share, version) for share in shares] or [_Row([0], [0], [0])]
+    lengths = [length for row in rows for length in row.lengths]
     length = max(len(row.ids) for row in rows)
     ids_BL = torch.tensor([row.ids + [0] * (length - len(row.ids)) for row in rows])
     positions_BL = torch.tensor([row.positions + [0] * (length - len(row.ids)) for row in rows])
@@ -121,7 +150,10 @@ def pack(groups: Sequence[Group], advantage: Estimator, version: int) -> MicroBa
         behaviour_N=joined("behaviour", torch.float64),
         advantages_N=joined("advantages", torch.float64),
         lags_N=joined("lags", torch.float64),
-        num_real=sum(len(row.ids) for row in rows) if groups else 0,
+        weights_N=joined("weights", torch.float64),
+        sequence_N=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long)),
+        truncated_N=joined("truncated", torch.bool),
+        num_real=sum(len(row.ids) for row in rows) if shares else 0,
     )
 
 
@@ -150,12 +182,16 @@ class _Row:
         self.behaviour: list[float] = []
         self.advantages: list[float] = []
         self.lags: list[int] = []
+        self.weights: list[float] = []
+        self.truncated: list[bool] = []
+        self.lengths: list[int] = []
 
 
-def _pack_row(group: Group, advantage: Estimator, version: int) -> _Row:
+def _pack_row(share: Share, version: int) -> _Row:
+    group, weights = share.group, iter(share.weights)
     prompt = group.prompt.token_ids
     row = _Row(list(prompt), list(range(len(prompt))), [0] * len(prompt))
-    for index, (trajectory, value) in enumerate(zip(group.trajectories, advantage(group.rewards), strict=True)):
+    for index, (trajectory, value) in enumerate(zip(group.trajectories, share.advantages, strict=True)):
         if value is None:
             continue
         completion, start, count = trajectory.completion, len(row.ids), len(trajectory.completion.token_ids)
@@ -167,6 +203,9 @@ def _pack_row(group: Group, advantage: Estimator, version: int) -> _Row:
         row.targets += completion.token_ids
         row.behaviour += completion.logprobs
         row.advantages += [value] * count
+        row.weights += [next(weights)] * count
+        row.truncated += [completion.finish_reason == "length"] * count
+        row.lengths.append(count)
         for span in completion.spans:
             row.lags += [version - span.version] * (span.end - span.start)
     return row
@@ -183,5 +222,9 @@ def _split_rows(rows: list[int], lengths: list[int], micro_batch_tokens: int) ->
     return [tuple(run) for run in runs]
 
 
+def _scored_lengths(entry: GroupEntry) -> list[int]:
+    return [count for count, scored in zip(entry.completion_tokens, entry.scored, strict=True) if scored]
+
+
 def _scored_tokens(entry: GroupEntry) -> int:
-    return sum(count for count, scored in zip(entry.completion_tokens, entry.scored, strict=True) if scored)
+    return sum(_scored_lengths(entry))

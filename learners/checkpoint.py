@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+Extra = dict[str, dict[str, Tensor]]
+
 SLACK_BYTES = 1 << 20  # headers and metadata
 
 
@@ -40,14 +42,16 @@ def save_state(directory: str, state: dict[str, Any], needed: int, group: dist.P
         dcp.save(state, checkpoint_id=partial, process_group=group)
 
 
-def load_state(directory: str, model: PreTrainedModel, optimizer: torch.optim.AdamW) -> int:
+def load_state(directory: str, model: PreTrainedModel, optimizer: torch.optim.AdamW, extra: Extra | None = None) -> int:
     """Read what save_state wrote, whatever the number of ranks that wrote it; returns the step count. A collective.
+
+    extra are the tensors that state_of was given, to be filled in place.
 
     Raises ValueError where there is no complete checkpoint, or one of another model.
     """
     if not os.path.isfile(os.path.join(directory, ".metadata")):
         raise ValueError(f"{directory} holds no complete checkpoint; name a directory under checkpoints/ that does")
-    state = state_of(model, optimizer, steps_done=0)
+    state = state_of(model, optimizer, 0, extra)
     try:
         dcp.load(state, checkpoint_id=directory)
     except CheckpointException as error:
@@ -78,8 +82,13 @@ def export_model(directory: str, model_dir: str, tensors: dict[str, Tensor]) -> 
             raise OSError(f"{weights} does not read back as it was written: {', '.join(different[:5])}; check the disk")
 
 
-def state_of(model: PreTrainedModel, optimizer: torch.optim.AdamW, steps_done: int) -> dict[str, Any]:
-    """All that a learner goes on from. The live tensors, sharded as they are: loading fills them in place."""
+def state_of(
+    model: PreTrainedModel, optimizer: torch.optim.AdamW, steps_done: int, extra: Extra | None = None
+) -> dict[str, Any]:
+    """All that a learner goes on from. The live tensors, sharded as they are: loading fills them in place.
+
+    extra are parts beyond the policy, by name, such as a moving reference; empty ones are left out.
+    """
     parameters = dict(model.named_parameters())
     every_name = dict(model.named_parameters(remove_duplicate=False)).keys()  # a tied head's too, which is saved once
     buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in every_name}
@@ -90,7 +99,7 @@ def state_of(model: PreTrainedModel, optimizer: torch.optim.AdamW, steps_done: i
         "steps_done": torch.tensor(steps_done),
         "random_state": torch.get_rng_state(),
     }
-    return state | ({"buffers": buffers} if buffers else {})
+    return state | {name: part for name, part in ({"buffers": buffers} | (extra or {})).items() if part}
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ finish_save, which may be called while another runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -17,11 +18,15 @@ from torch import Tensor
 from learners import batcher, checkpoint, optimizer, weight_sender
 from learners.algorithms import find_algorithm
 from learners.background_save import BackgroundSave
-from learners.losses import Tokens
-from learners.model import join_ranks, load_policy, score_sequence
-from learners.policy_health import TokenFacts, gather_facts, health, objective
+from learners.gradient import BatchGradient, batch_rewards
+from learners.model import HeadDtype, Policy, join_ranks, load_policy, score_sequence
+from learners.optimizer import NonFiniteGradient
+from learners.policy_health import TokenFacts
+from learners.reference import Reference
 from learners.stopwatch import Stopwatch
-from rl.config import AlgorithmSection, LearnerSection
+from rl.algorithm_config import AlgorithmSection
+from rl.config import Guardrail, LearnerSection
+from rl.guardrails import STEP_ACTIONS, Guardrails, Trip
 from rl.metrics import Metrics, last, mean
 from rl.orders import StepOrder, StepReport
 from rl.trajectory import Group, GroupEntry
@@ -38,7 +43,8 @@ class LearnerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     model_dir is a local Hugging Face directory. rendezvous is a torch.distributed init method. max_tokens is the
     longest completion. canary_token_ids (two or more) is the sequence both sides score after a weight update. node
-    names this machine in WeightUpdate. deadline_s bounds every collective.
+    names this machine in WeightUpdate. deadline_s bounds every collective. Of the guardrails a rank acts on those about
+    the step in hand.
     """
 
     run_id: str
@@ -53,6 +59,8 @@ class LearnerSettings(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float
     learner: LearnerSection
     algorithm: AlgorithmSection
+    head_dtype: HeadDtype = "bfloat16"
+    guardrails: dict[str, Guardrail] = {}
 
 
 class Learner:
@@ -73,17 +81,25 @@ class Learner:
         self._rank = rank
         self._world_size = world_size
         self._fetch = fetch
-        self._algorithm = find_algorithm(settings.algorithm.name)
+        self._algorithm = find_algorithm(settings.algorithm)
         self._joined = join_ranks(settings.rendezvous, rank, world_size, settings.device, settings.deadline_s)
         self._device = torch.device(settings.device, torch.cuda.current_device() if settings.device == "cuda" else None)
         self._compute_dtype = dtype or getattr(torch, settings.learner.compute_dtype)
-        self.policy = load_policy(settings.model_dir, settings.device, dtype or torch.float32, self._compute_dtype)
+        self.policy = self._load_policy(dtype or torch.float32)
+        reference = settings.algorithm.kl
+        self._reference = (
+            Reference(reference, self._load_policy, dtype or torch.float32, self._compute_dtype) if reference else None
+        )
+        self._guardrails = Guardrails(settings.guardrails, STEP_ACTIONS)
         options = settings.learner
         self._optimizer = optimizer.adamw(self.policy.parameters(), options.betas, options.weight_decay)
         num_bytes = sum(parameter.numel() for parameter in self.policy.parameters()) * self._compute_dtype.itemsize
         self._files = weight_sender.SharedMemoryFiles(settings.run_id, num_bytes)
         self._saves = BackgroundSave(settings.model_dir, self._compute_dtype, settings.deadline_s)
         self._stopwatch = Stopwatch(settings.device)
+        self._gradient = BatchGradient(
+            self.policy, self._reference, self._algorithm, settings.temperature, self._stopwatch
+        )
         self._steps_done = 0
         self._moved = False
         self._nccl: NcclSender | None = None
@@ -97,60 +113,80 @@ class Learner:
         Raises ValueError for the first step's gate, a payload that is not what its entry promised, or a batch with
         nothing to train on; NonFiniteGradient. The weights have not moved then.
         """
-        options = self._settings.learner
         plan = self.plan(order.entries)
         with self._stopwatch.measure("fetch"):
             groups = self._fetch_mine(order.entries, plan)
         metrics = self.accumulate_gradient(order, plan, groups)
         with self._stopwatch.measure("step"):
-            grad_norm = optimizer.clip_gradients(self.policy.parameters(), options.max_grad_norm)
-            lr = optimizer.warmed_up(options.lr, self._steps_done, options.warmup_steps)
-            optimizer.apply_step(self._optimizer, lr)
-        self._steps_done += 1
-        self._moved = lr > 0 and grad_norm > 0
-        metrics |= {
-            "learner/grad_norm": mean(grad_norm),
-            "learner/lr": last(lr),
-            "learner/ranks": last(self._world_size),  # a replay lays the batch out for as many
-        }
+            moved, trips = self._move(metrics)
         return StepReport(
             step=order.step,
             version=order.version + 1,
-            metrics=metrics if self._rank == 0 else {},
+            metrics=metrics | moved if self._rank == 0 else {},
             batch_digest=self._batch_digest(len(order.entries), groups),
-            num_tokens=plan.size.num_tokens,
+            num_tokens=plan.num_tokens,
             seconds=self._stopwatch.take(),
+            trips=trips,
         )
 
     def plan(self, entries: Sequence[GroupEntry]) -> batcher.BatchPlan:
         """Who trains what of a batch. Raises ValueError where there is nothing to train on, or a row too long."""
-        options = self._settings.learner
-        return batcher.plan_batch(entries, self._world_size, options.micro_batch_tokens, self._settings.max_tokens)
+        return self._plan_for(entries, self._world_size)
+
+    def _plan_for(self, entries: Sequence[GroupEntry], ranks: int) -> batcher.BatchPlan:
+        budget, aggregation = self._settings.learner.micro_batch_tokens, self._algorithm.aggregation
+        return batcher.plan_batch(entries, ranks, budget, aggregation, self._settings.max_tokens)
 
     def accumulate_gradient(self, order: StepOrder, plan: batcher.BatchPlan, groups: dict[int, Group]) -> Metrics:
         """Forward and backward of this rank's micro-batches; leaves the batch's gradient, summed over ranks, in place.
 
         groups are this rank's, by their index in the order. Raises ValueError where the first step's gate closes.
         """
-        normaliser = self._algorithm.normaliser(plan.size)
-        facts, num_padded, num_packed = [], 0, 0
-        for indices in plan.micro_batches[self._rank]:
-            with self._stopwatch.measure("pack"):
-                mine = [groups[index] for index in indices]
-                packed = batcher.pack(mine, self._algorithm.advantage, order.version).to(self._device)
-            with self._stopwatch.measure("forward"):
-                loss, found = self._forward(packed)
-            with self._stopwatch.measure("backward"):
-                (loss / normaliser).backward()
-            facts.append(found)
-            num_padded += packed.ids_BL.numel()
-            num_packed += packed.num_real
-        with self._stopwatch.measure("gather_metrics"):
-            batch_facts = gather_facts(facts, plan.rank_tokens)
+        mine = {index: group.rewards for index, group in groups.items()}
+        rewards = batch_rewards([entry.scored for entry in order.entries], mine, self._device)
+        advantages = self._algorithm.advantage(rewards)
+        shares = [
+            [batcher.Share(groups[index], advantages[index], plan.weights[index]) for index in indices]
+            for indices in plan.micro_batches[self._rank]
+        ]
+        facts, metrics = self._gradient.accumulate(shares, plan.rank_tokens, order.version)
         if order.first:
-            self._first_step_gate(batch_facts, order.version)
-        padding = mean(1 - num_packed / num_padded, num_padded)
-        return health(batch_facts) | objective(batch_facts, normaliser) | {"learner/padding_fraction": padding}
+            self._first_step_gate(facts, order.version)
+        return metrics
+
+    def _move(self, metrics: Metrics) -> tuple[Metrics, tuple[Trip, ...]]:
+        """The optimizer step, unless a guardrail skips it. All ranks decide alike, since the metrics cover all of them.
+
+        For how many steps a metric has been out of bounds is not saved: after a restart the count begins at 0.
+        """
+        options = self._settings.learner
+        lr = optimizer.warmed_up(options.lr, self._steps_done, options.warmup_steps)
+        failure: NonFiniteGradient | None = None
+        try:
+            grad_norm = optimizer.clip_gradients(self.policy.parameters(), options.max_grad_norm)
+        except NonFiniteGradient as error:
+            failure, grad_norm = error, math.nan
+        trips = self._guardrails.judge(metrics | {"learner/grad_norm": mean(grad_norm)})
+        skipped = any(trip.action == "skip_step" for trip in trips)
+        if failure is not None and not skipped:
+            raise failure
+        for trip in trips:
+            lr *= trip.factor if trip.action == "lower_step" else 1.0
+        if skipped:
+            lr = 0.0
+            self._optimizer.zero_grad(set_to_none=True)
+        else:
+            optimizer.apply_step(self._optimizer, lr)
+            self._steps_done += 1
+            if self._reference is not None:
+                self._reference.follow(self.policy)
+        self._moved = lr > 0 and grad_norm > 0
+        return {
+            "learner/grad_norm": mean(grad_norm),
+            "learner/lr": last(lr),
+            "learner/ranks": last(self._world_size),  # a replay lays the batch out for as many
+            "learner/skipped_step": mean(skipped),
+        }, trips
 
     def publish(self, version: int) -> WeightUpdate | None:
         """Gather the weights and offer them as this version: in shared memory, or for `send` once the rank has joined.
@@ -201,7 +237,7 @@ class Learner:
         Face directory, verified by reading it back.
         """
         with self._stopwatch.measure("checkpoint"):
-            state = checkpoint.state_of(self.policy.model, self._optimizer, self._steps_done)
+            state = checkpoint.state_of(self.policy.model, self._optimizer, self._steps_done, self._extra_state)
             self._saves.begin(folder, state, export)
 
     def finish_save(self) -> None:
@@ -211,7 +247,8 @@ class Learner:
     def load(self, directory: str) -> None:
         """Continue from the state of a checkpoint. Raises ValueError where it is incomplete or of another model."""
         with self._stopwatch.measure("checkpoint"):
-            self._steps_done = checkpoint.load_state(directory, self.policy.model, self._optimizer)
+            found = checkpoint.load_state(directory, self.policy.model, self._optimizer, self._extra_state)
+            self._steps_done = found
 
     def close(self) -> None:
         """Remove this run's files from shared memory and leave the process group, if this learner entered it."""
@@ -224,35 +261,20 @@ class Learner:
             dist.destroy_process_group()
             self._joined = False
 
+    @property
+    def _extra_state(self) -> checkpoint.Extra:
+        return {"reference": self._reference.state if self._reference else {}}
+
+    def _load_policy(self, master: torch.dtype) -> Policy:
+        settings = self._settings
+        return load_policy(settings.model_dir, settings.device, master, self._compute_dtype, settings.head_dtype)
+
     def _fetch_mine(self, entries: Sequence[GroupEntry], plan: batcher.BatchPlan) -> dict[int, Group]:
         wanted = sorted(index for indices in plan.micro_batches[self._rank] for index in indices)
         groups = self._fetch([entries[index].group_id for index in wanted]) if wanted else []
         for index, group in zip(wanted, groups, strict=True):
             batcher.check_payload(entries[index], group)
         return dict(zip(wanted, groups, strict=True))
-
-    def _forward(self, packed: batcher.MicroBatch) -> tuple[Tensor, TokenFacts]:
-        """The summed loss of a micro-batch, and what is kept of its tokens."""
-        logprobs_N, entropy_N = self.policy(
-            packed.ids_BL,
-            packed.positions_BL,
-            packed.mask_B1LL,
-            packed.source_N,
-            packed.targets_N,
-            self._settings.temperature,
-        )
-        tokens = Tokens(logprobs_N.double(), packed.behaviour_N, packed.advantages_N)
-        losses = self._algorithm.loss(tokens, self._settings.algorithm.ratio_cap)
-        facts = TokenFacts(
-            logprobs_N=tokens.logprobs_N.detach(),
-            behaviour_N=packed.behaviour_N,
-            entropy_N=entropy_N.double(),
-            lags_N=packed.lags_N,
-            advantages_N=packed.advantages_N,
-            clipped_N=losses.clipped_N.double(),
-            loss_N=losses.loss_N.detach(),
-        )
-        return losses.loss_N.sum(), facts
 
     def _first_step_gate(self, facts: TokenFacts, version: int) -> None:
         gap, allowed = facts.current_gap(), self._settings.learner.max_logprob_gap

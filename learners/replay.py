@@ -56,11 +56,10 @@ class Replayer(Learner):
 
     def plan(self, entries: Sequence[GroupEntry]) -> batcher.BatchPlan:
         """The plan of all ranks, for this one: each one's first micro-batch, then each one's second, and so on."""
-        settings = self._settings
-        shared = batcher.plan_batch(entries, self._ranks, settings.learner.micro_batch_tokens, settings.max_tokens)
+        shared = self._plan_for(entries, self._ranks)
         turns = zip(*shared.micro_batches, strict=True)
         mine = tuple(indices for turn in turns for indices in turn if indices)
-        return batcher.BatchPlan(micro_batches=(mine,), rank_tokens=(sum(shared.rank_tokens),), size=shared.size)
+        return batcher.BatchPlan(micro_batches=(mine,), rank_tokens=(shared.num_tokens,), weights=shared.weights)
 
     def weight_digest(self) -> str:
         """The digest that the weights would be published with."""

@@ -6,17 +6,17 @@
 from __future__ import annotations
 
 import shutil
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from rl.algorithm_config import AlgorithmSection, refusals
+from rl.curriculum_config import CurriculumSection
+from rl.section import Section
+from rl.source_config import Source
+from rl.trajectory import OVERLONG
 
 BYTES_PER_TOKEN = 10  # at least: a 64-bit log-probability with its tag, and a token id
-
-
-class Section(BaseModel):
-    """A strict and frozen part of the configuration: an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
 class RunSection(Section):
@@ -39,49 +39,9 @@ class ModelSection(Section):
         default="auto", description="auto takes cuda where an NVIDIA driver answers"
     )
     system_prompt: str | None = Field(default=None, description="a system message put before every prompt")
-
-
-class ReasoningGymSource(Section):
-    """Endless prompts from one reasoning_gym dataset; each level is a set of its own parameters."""
-
-    kind: Literal["reasoning_gym"]
-    dataset: str = Field(description="a reasoning_gym dataset name")
-    levels: dict[str, dict[str, Any]] = Field(min_length=1, description="level name -> dataset parameters")
-    weight: float = Field(default=1.0, gt=0, description="share of this source among all sources")
-    instruction: str = Field(default="", description="text appended to every question")
-
-
-class JsonlSource(Section):
-    """Prompts from a file with one JSON object per line."""
-
-    kind: Literal["jsonl"]
-    path: str = Field(description="the file to train on")
-    held_out_path: str | None = Field(
-        default=None, description="the file to evaluate on; none: the source is not evaluated"
+    head_dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="in which engine and learner multiply by the output head"
     )
-    prompt_column: str = Field(default="prompt", description="a string, or a list of {role, content}")
-    reference_column: str | None = Field(default="answer", description="the reference answer; null where there is none")
-    level_column: str | None = Field(default=None, description="the difficulty bucket; null puts all in one")
-    weight: float = Field(default=1.0, gt=0, description="share of this source among all sources")
-    instruction: str = Field(default="", description="text appended to every question")
-
-
-class HubSource(Section):
-    """Prompts from a Hugging Face dataset."""
-
-    kind: Literal["hub"]
-    dataset: str = Field(description="a datasets id, such as openai/gsm8k")
-    subset: str | None = Field(default=None, description="the dataset's configuration name")
-    split: str = Field(default="train", description="the split to train on")
-    held_out_split: str | None = Field(default=None, description="the split to evaluate on")
-    prompt_column: str = Field(default="prompt", description="a string, or a list of {role, content}")
-    reference_column: str | None = Field(default="answer", description="the reference answer; null where there is none")
-    level_column: str | None = Field(default=None, description="the difficulty bucket; null puts all in one")
-    weight: float = Field(default=1.0, gt=0, description="share of this source among all sources")
-    instruction: str = Field(default="", description="text appended to every question")
-
-
-Source = Annotated[ReasoningGymSource | JsonlSource | HubSource, Field(discriminator="kind")]
 
 
 class RewardFunction(Section):
@@ -96,6 +56,13 @@ class RewardFunction(Section):
     params: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the function")
 
 
+class Overlong(Section):
+    """A penalty that grows over the last tokens before rollout.max_tokens. DAPO, arXiv 2503.14476."""
+
+    soft_tokens: int = Field(ge=1, description="tokens before the limit over which it grows from 0 to 1")
+    weight: float = Field(default=1.0, gt=0, description="what a completion at the limit loses")
+
+
 class RewardsSection(Section):
     """What a good answer is."""
 
@@ -104,27 +71,7 @@ class RewardsSection(Section):
     max_failure_fraction: float = Field(
         default=0.2, ge=0, le=1, description="above this share of failures the run stops"
     )
-
-
-class CurriculumSection(Section):
-    """Which prompt is worth paying for."""
-
-    name: Literal["band", "uniform"] = Field(default="band", description="uniform draws without regard to difficulty")
-    band_low: float = Field(default=0.2, ge=0, le=1, description="lowest pass rate of the target band")
-    band_high: float = Field(default=0.8, ge=0, le=1, description="highest pass rate of the target band")
-    exploration_fraction: float = Field(default=0.1, ge=0, le=1, description="share of draws that ignore the beliefs")
-    discount_per_version: float = Field(
-        default=0.9, gt=0, le=1, description="what a policy version leaves of old evidence"
-    )
-    max_uninformative_steps: int = Field(
-        default=8, ge=1, description="steps' worth of groups without signal before stopping"
-    )
-
-    @model_validator(mode="after")
-    def _band_is_a_band(self) -> CurriculumSection:
-        if self.band_low >= self.band_high:
-            raise ValueError(f"band_low {self.band_low} is not below band_high {self.band_high}; swap them")
-        return self
+    overlong: Overlong | None = Field(default=None, description="a penalty for nearly too long answers; null for none")
 
 
 class RolloutSection(Section):
@@ -135,19 +82,41 @@ class RolloutSection(Section):
     temperature: float = Field(
         default=1.0, gt=0, description="sampling temperature; the learner's logits are scaled alike"
     )
+    first_answers: int | None = Field(
+        default=None, ge=2, description="sample so many first, and the rest only if their rewards differ; null: all"
+    )
+    long_tail: Literal["continue", "drop"] = Field(
+        default="continue", description="a group too old to be trained by now: finish it, or drop it where it stands"
+    )
+
+
+class Guardrail(Section):
+    """What is done about a metric that leaves its bounds."""
+
+    metric: str = Field(description="a metric of each step, such as policy/effective_sample_fraction")
+    above: float | None = Field(default=None, description="acts where the metric is above; give this or below")
+    below: float | None = Field(default=None, description="acts where the metric is below")
+    steps: int = Field(default=1, ge=1, description="steps in a row that it must be out of bounds")
+    action: Literal["tighten_gate", "lower_step", "skip_step", "stop"] = Field(
+        description="one version less of lag, a smaller step, no step, or the end of the run"
+    )
+    factor: float = Field(default=0.5, gt=0, lt=1, description="of lower_step: what is left of the learning rate")
+    hold_steps: int = Field(default=10, ge=1, description="of tighten_gate: steps in bounds before one version returns")
+
+    @model_validator(mode="after")
+    def _has_one_bound(self) -> Guardrail:
+        if (self.above is None) == (self.below is None):
+            raise ValueError(f"a guardrail on {self.metric} needs exactly one of above and below")
+        return self
 
 
 class StalenessSection(Section):
     """How far behind a trajectory's policy may be."""
 
     max_lag: int = Field(default=2, ge=0, description="policy versions; 0 is exactly the synchronous loop")
-
-
-class AlgorithmSection(Section):
-    """The objective, by name, and its few knobs."""
-
-    name: Literal["cispo", "dr_grpo", "rloo"] = Field(default="cispo", description="a row of learners/algorithms.py")
-    ratio_cap: float = Field(default=5.0, gt=0, description="upper clip of the importance weight")
+    guardrails: dict[str, Guardrail] = Field(
+        default_factory=dict, description="name -> what is done when a metric leaves its bounds"
+    )
 
 
 class LearnerSection(Section):
@@ -247,7 +216,7 @@ class RunConfig(Section):
     curriculum: CurriculumSection = CurriculumSection()
     rollout: RolloutSection = RolloutSection()
     staleness: StalenessSection = StalenessSection()
-    algorithm: AlgorithmSection = AlgorithmSection()
+    algorithm: AlgorithmSection = AlgorithmSection.model_validate({})
     learner: LearnerSection = LearnerSection()
     generators: GeneratorsSection = GeneratorsSection()
     buffer: BufferSection = BufferSection()
@@ -316,8 +285,34 @@ class RunConfig(Section):
                 f"buffer.max_bytes {self.buffer.max_bytes} cannot hold one group of {self.rollout.group_size} answers "
                 f"of {self.rollout.max_tokens} tokens, which has {largest} bytes or more; raise it"
             )
+        if not self.staleness.max_lag and any(
+            rule.action == "tighten_gate" for rule in self.staleness.guardrails.values()
+        ):
+            raise ValueError("a guardrail has the action tighten_gate, but staleness.max_lag is 0 already; delete it")
+        self._rollout_agrees()
         self._rewards_name_sources()
+        weights = [function.weight for function in self.rewards.functions.values()]
+        for reason in refusals(self.algorithm, self.staleness.max_lag, weights, self.rewards.overlong is not None):
+            raise ValueError(reason)
         return self
+
+    def _rollout_agrees(self) -> None:
+        rollout, overlong = self.rollout, self.rewards.overlong
+        if rollout.first_answers is not None and rollout.first_answers >= rollout.group_size:
+            raise ValueError(
+                f"rollout.first_answers {rollout.first_answers} leaves nothing of rollout.group_size "
+                f"{rollout.group_size} for a second stage; lower it, or set it to null to sample the group at once"
+            )
+        if overlong is not None and overlong.soft_tokens > rollout.max_tokens:
+            raise ValueError(
+                f"rewards.overlong.soft_tokens {overlong.soft_tokens} is above rollout.max_tokens "
+                f"{rollout.max_tokens}, so that no answer would go unpunished; lower it"
+            )
+        if OVERLONG in self.rewards.functions:
+            raise ValueError(
+                f"rewards.functions has a function named {OVERLONG}, which is what the penalty for length is called; "
+                "name it otherwise, or use rewards.overlong in its place"
+            )
 
     def _rewards_name_sources(self) -> None:
         judged: set[str] = set()

@@ -151,9 +151,11 @@ def _problem(item: Mapping[str, Any]) -> str:
             return f"{path}: {message}" if path else message
         case "union_tag_invalid":
             given, expected = item["ctx"]["tag"], re.findall(r"'(\w+)'", item["ctx"]["expected_tags"])
-            return f"{path}.kind is {given!r}{_nearest(given, expected)}; take one of: {', '.join(expected)}"
+            key = item["ctx"]["discriminator"].strip("'")
+            return f"{path}.{key} is {given!r}{_nearest(given, expected)}; take one of: {', '.join(expected)}"
         case "union_tag_not_found":
-            return f"{path}.kind is missing; add kind: reasoning_gym, jsonl or hub"
+            key = item["ctx"]["discriminator"].strip("'")
+            return f"{path}.{key} is missing; add {key}: {' or '.join(_tags(location, key))}"
         case "literal_error":
             names = re.findall(r"'(\w+)'", item["ctx"]["expected"])
             return f"{path} is {value!r}{_nearest(str(value), names)}; take one of: {', '.join(names)}"
@@ -177,7 +179,7 @@ def _steps(location: Sequence[str | int]) -> Iterator[tuple[str | int, Any]]:
     for step in location:
         if isinstance(here, type) and issubclass(here, pydantic.BaseModel):
             field = here.model_fields.get(str(step))
-            here = field.annotation if field else None
+            here = _present(field.annotation) if field else None
         elif typing.get_origin(here) is dict:
             here = typing.get_args(here)[1]
         else:
@@ -185,16 +187,31 @@ def _steps(location: Sequence[str | int]) -> Iterator[tuple[str | int, Any]]:
         yield step, here
 
 
-def _member(union: Any, tag: str | int) -> Any:
-    """The member of a (discriminated) union whose `kind` is the tag; None for anything else."""
+def _present(annotation: Any) -> Any:
+    """A for A | None, anything else as it is: pydantic puts no step into a location for a section that may be null."""
+    members = [member for member in typing.get_args(annotation) if member is not type(None)]
+    return members[0] if len(members) == 1 and type(None) in typing.get_args(annotation) else annotation
+
+
+def _members(union: Any) -> tuple[Any, ...]:
+    """The members of A | B, or of Annotated[A | B, Field(discriminator=...)], which a dictionary's values keep."""
     members = typing.get_args(union)
-    if members and typing.get_args(members[0]):  # Annotated[A | B, Field(discriminator=...)]
-        members = typing.get_args(members[0])
-    for member in members:
-        field = getattr(member, "model_fields", {}).get("kind")
-        if field is not None and tag in typing.get_args(field.annotation):
+    return typing.get_args(members[0]) if members and typing.get_args(members[0]) else members
+
+
+def _member(union: Any, tag: str | int) -> Any:
+    """The member of a discriminated union whose tag this is; None for anything else."""
+    for member in _members(union):
+        fields = getattr(member, "model_fields", {})
+        if any(key in fields and tag in typing.get_args(fields[key].annotation) for key in ("kind", "name")):
             return member
     return None
+
+
+def _tags(location: Sequence[str | int], key: str) -> list[str]:
+    """What the discriminator `key` of the union at this place may be."""
+    *_, union = RunConfig, *(found for _, found in _steps(location))
+    return [tag for member in _members(union) for tag in typing.get_args(member.model_fields[key].annotation)]
 
 
 def _fields(location: Sequence[str | int]) -> dict[str, pydantic.fields.FieldInfo]:

@@ -99,8 +99,14 @@ def test_the_judging_of_lines_sees_defaults_and_differences():
     assert lines_that_repeat(text) == [12]
 
 
-def test_the_config_names_exactly_the_algorithms_of_the_table():
-    from learners.algorithms import ALGORITHMS
-    from rl.config import AlgorithmSection
+def test_the_tables_hold_exactly_what_the_config_names():
+    from learners.advantages import ADVANTAGES
+    from learners.aggregations import AGGREGATIONS
+    from learners.algorithms import LOSSES
+    from learners.penalties import DIVERGENCES
+    from rl.algorithm_config import AdvantageName, AggregationName, AlgorithmSection, ReferenceKl
 
-    assert set(get_args(AlgorithmSection.model_fields["name"].annotation)) == set(ALGORITHMS)
+    assert tuple(ADVANTAGES) == get_args(AdvantageName)
+    assert tuple(AGGREGATIONS) == get_args(AggregationName)
+    assert tuple(LOSSES) == get_args(AlgorithmSection.model_fields["loss"].annotation)
+    assert tuple(DIVERGENCES) == get_args(ReferenceKl.model_fields["estimator"].annotation)

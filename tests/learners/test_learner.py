@@ -54,7 +54,7 @@ def learner_on(model_of_two_layers, tmp_path):
 
 def batch_gradients(learner, groups=GROUPS, rank=0, world_size=1, budget=256):
     order = order_of(groups)
-    plan = batcher.plan_batch(order.entries, world_size, budget, 9)
+    plan = batcher.plan_batch(order.entries, world_size, budget, learner._algorithm.aggregation, 9)
     mine = {index: groups[index] for rows in plan.micro_batches[rank] for index in rows}
     learner.accumulate_gradient(order, plan, mine)
     return gradients_of(learner)
@@ -102,7 +102,7 @@ def literal_loss(model_dir, groups):
     losses = []
     for group in groups:
         scored = [t for t in group.trajectories if t.reward is not None]
-        advantages = [advantage for advantage in grpo(group.rewards) if advantage is not None]
+        advantages = [advantage for advantage in grpo([group.rewards])[0] if advantage is not None]
         for trajectory, advantage in zip(scored, advantages, strict=True):
             answer, prompt = trajectory.completion.token_ids, group.prompt.token_ids
             with torch.no_grad():
@@ -173,9 +173,9 @@ def test_the_first_step_gate_closes_before_the_weights_move(learner_on):
 
 def scored_by(learner, group):
     """The group as an engine at the learner's weights and version would have reported it."""
-    packed = batcher.pack([group], lambda rewards: (0.0,) * len(rewards), version=1)
-    tensors = (packed.ids_BL, packed.positions_BL, packed.mask_B1LL, packed.source_N, packed.targets_N)
-    logprobs = learner.policy(*tensors, 0.8)[0].tolist()
+    count = len(group.rewards)
+    packed = batcher.pack([batcher.Share(group, (0.0,) * count, (0.0,) * count)], version=1)
+    logprobs = learner.policy(*packed.inputs, 0.8)[0].tolist()
     trajectories = []
     for trajectory in group.trajectories:
         count = len(trajectory.completion.token_ids)

@@ -12,8 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from learners.learner import Learner, LearnerSettings
+from rl.algorithm_config import AlgorithmSection
 from rl.codec import entry_of
-from rl.config import AlgorithmSection, LearnerSection
+from rl.config import LearnerSection
 from rl.orders import StepOrder
 from rl.trajectory import Completion, Group, Prompt, Trajectory, VersionSpan
 

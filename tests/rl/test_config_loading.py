@@ -102,6 +102,16 @@ def test_an_override_below_a_value_is_refused():
         ("rollout.group_size=1", ["base.yaml: rollout.group_size is 1", "set rollout.group_size to 2 or more"]),
         ("curriculum.band_low=0.9", ["curriculum: band_low 0.9", "swap them"]),
         ("learner=3", ["learner is 3", "dictionary"]),
+        ("algorithm.name=cipso", ["base.yaml: algorithm: name is 'cipso'", "did you mean cispo?", "scalerl"]),
+        (
+            "algorithm.loss.clip_hihg=3",
+            ["algorithm.loss.clip_hihg is set to 3", "algorithm.loss takes: name, weight_low"],
+        ),
+        ("algorithm.loss.name=gpso", ["algorithm.loss.name is 'gpso'", "did you mean gspo?", "ppo_clip, decoupled"]),
+        ("algorithm.loss={name: gspo, clip_low: 2}", ["algorithm.loss.clip_low is 2", "the trust region begins"]),
+        ("algorithm.mask={hihg: 3}", ["algorithm.mask.hihg", "did you mean high?", "algorithm.mask takes: level, low"]),
+        ("algorithm.kl={estimator: k2}", ["algorithm.kl.coefficient is missing (weight of the estimate in the loss)"]),
+        ("sources.more={path: x}", ["sources.more.kind is missing; add kind: reasoning_gym or jsonl or hub"]),
     ],
 )
 def test_a_mistake_is_told_with_path_value_and_fix(override, fragments):
