@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rl.accounting import RewardWatch, StepAccount
 from rl.archive import Archive
 from rl.buffer import Buffer
-from rl.config import CheckpointSection, EvaluationSection, MonitoringSection, RunSection
+from rl.config import CheckpointSection, EvaluationSection, Guardrail, MonitoringSection, RunSection
 from rl.curriculum import Curriculum
 from rl.evaluation import Evaluation
 from rl.metrics import Metrics
@@ -34,6 +34,7 @@ class Generators(Protocol):
 
     async def rollout(self, draw: Draw) -> GroupReport: ...
     async def rollout_round(self, draws: Sequence[Draw]) -> list[GroupReport]: ...
+    async def cut_tails(self, oldest_version: int) -> None: ...
     async def evaluate(self, prompts: Sequence[Prompt], temperature: float, seed: int) -> list[Graded]: ...
     async def update(self, update: WeightUpdate) -> list[UpdateReceipt]: ...
     async def check(self) -> None: ...
@@ -77,6 +78,8 @@ class Plan:
     max_buffer_bytes: int
     max_learner_restarts: int
     start_step: int
+    guardrails: Mapping[str, Guardrail]
+    long_tail: Literal["continue", "drop"] = "continue"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ class Gate:
     Why `is_fresh` is still asked at consumption. Groups are consumed in the order in which they finish; a slow one is
     overtaken by groups admitted later, the count above no longer holds, and its lag has no bound but this check.
 
+    A tightened gate uses allowed_lag < L above, which makes the quota smaller and breaks none of this.
+
     Nothing waits for ever: with nothing running and fewer than N groups waiting, room(version) is at least 1 once the
     generators confirmed the learner's version.
     """
@@ -25,13 +27,14 @@ class Gate:
     def __init__(self, max_lag: int, groups_per_step: int) -> None:
         assert max_lag >= 0 and groups_per_step >= 1
         self.max_lag = max_lag
+        self.allowed_lag = max_lag  # what admission goes by: less than max_lag while a guardrail asks for fresher data
         self.groups_per_step = groups_per_step
         self.accepted = 0  # published and not dropped since: waiting, leased, or trained
         self.running = 0  # admitted and not yet published or dropped
 
     def room(self, version: int) -> int:
         """Groups that may be admitted now; `version` is the oldest that the generators confirmed."""
-        return max(0, (self.max_lag + version + 1) * self.groups_per_step - self.accepted - self.running)
+        return max(0, (self.allowed_lag + version + 1) * self.groups_per_step - self.accepted - self.running)
 
     def round_open(self, version: int) -> bool:
         """Whether a round of room(version) groups may start together.
@@ -39,6 +42,14 @@ class Gate:
         Used where max_lag is 0: a round starts only when nothing runs, so that what it holds depends on no timing.
         """
         return self.running == 0 and self.room(version) > 0
+
+    def tighten(self) -> None:
+        """Admit as if max_lag were one less, down to 0; what was admitted before keeps its place."""
+        self.allowed_lag = max(0, self.allowed_lag - 1)
+
+    def relax(self) -> None:
+        """Take one `tighten` back."""
+        self.allowed_lag = min(self.max_lag, self.allowed_lag + 1)
 
     def admit(self) -> None:
         """A draw goes to a generator; the caller asked room() in the same turn of the event loop."""
