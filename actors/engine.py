@@ -32,6 +32,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_fraction: float = 0.85
     threads: int | None = None
     seed: int = 0
+    head_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +77,14 @@ class Engine(Protocol):
 
     async def sample_round(self, requests: Sequence[SampleRequest]) -> list[tuple[Completion, ...]]:
         """Answer the prompts together: the same requests give the same bits, if nothing else is sampled meanwhile."""
+        ...
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Stop sampling these requests of `sample`; they answer at once with what they have, finish_reason abort.
+
+        Samples that had ended stay as they were; ids that nothing samples are passed over. Slots and cache are free
+        when this returns, or with the engine's next step.
+        """
         ...
 
     async def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:

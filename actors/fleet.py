@@ -7,6 +7,7 @@ What a generator had in hand when it died is given to another, or waits until it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -92,6 +93,14 @@ class GeneratorFleet:
     async def rollout_round(self, draws: Sequence[Draw]) -> list[GroupReport]:
         """Deal draws out in turn, so that the same round reaches the same generators in every run."""
         return await self._deal("rollout_round", draws)
+
+    async def cut_tails(self, oldest_version: int) -> None:
+        """Give up the groups that began before `oldest_version`, wherever they are; their rollouts tell of it.
+
+        What waits for a generator has not begun, and what a death sent to another one began anew there.
+        """
+        busy = [member for member in self._members if member.state in ("working", "leaving")]
+        await together(*(_told(member, oldest_version) for member in busy if member.workload.in_hand))
 
     async def evaluate(self, prompts: Sequence[Prompt], temperature: float, seed: int) -> list[Graded]:
         """Answer and judge held-out prompts, each once, over all generators."""
@@ -310,6 +319,11 @@ async def _given(member: Member, update: WeightUpdate) -> UpdateReceipt | None:
         return await member.take(update)
     except MemberDied:
         return None  # it is restarted behind, and loads this version or a newer one before it works
+
+
+async def _told(member: Member, oldest_version: int) -> None:
+    with contextlib.suppress(MemberDied):  # what it had in hand is begun anew
+        await member.call("cut_tails", oldest_version)
 
 
 async def _as_coroutine(awaitable: Awaitable[T]) -> T:

@@ -1,6 +1,8 @@
 """This file is one generator: an engine that answers, a scorer that judges, and a buffer that takes what is worth it.
 
     Draw -> engine.sample -> scorer.judge_group -> drop reason, or buffer.put -> GroupReport
+               ^                   |
+               +---- the rest -----+   in two stages: only where the rewards of the first answers differ
 
 It is a plain class; `generator_process.py` puts it into a Ray actor.
 """
@@ -19,11 +21,26 @@ from typing import Protocol
 import msgspec
 
 from actors.engine import Engine, SampleRequest
-from actors.rollout import drop_reason, graded_of, judge_request, report_of, sample_request, trajectory_of
+from actors.rollout import (
+    drop_reason,
+    further_request,
+    graded_of,
+    is_aborted,
+    judge_request,
+    overlong_part,
+    report_of,
+    reward_parts,
+    sample_request,
+    trajectory_of,
+    unjudged,
+    wants_more,
+)
+from actors.tails import Tails
 from rewards.scorer import JudgeRequest, PartResult
 from rl.buffer import OversizeGroup
+from rl.config import Overlong
 from rl.orders import Draw, Graded
-from rl.trajectory import Completion, DropReason, Group, GroupReport, Prompt, Trajectory
+from rl.trajectory import Completion, DropReason, Group, GroupReport, Prompt, RewardPart, Trajectory
 from rl.weights import NcclGroup, UpdateReceipt, WeightUpdate
 
 
@@ -50,6 +67,7 @@ class GeneratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How groups are sampled and judged.
 
     reward_weights maps a reward to its factor in the sum, reward_names a source to the rewards that judge it.
+    first_answers, where given, are sampled and judged before the rest of the group. overlong penalises length.
     shared_memory is the folder that an update arriving as bytes is written to; run_id goes into the file's name.
     """
 
@@ -60,6 +78,8 @@ class GeneratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     reward_weights: dict[str, float]
     reward_names: dict[str, tuple[str, ...]]
     shared_memory: str = "/dev/shm"
+    first_answers: int | None = None
+    overlong: Overlong | None = None
 
 
 class Generator:
@@ -74,6 +94,7 @@ class Generator:
         self._engine = engine
         self._scorer = scorer
         self._buffer = buffer
+        self._tails = Tails()
 
     @property
     def version(self) -> int:
@@ -81,22 +102,52 @@ class Generator:
         return self._engine.version
 
     async def rollout(self, draw: Draw) -> GroupReport:
-        """Turn a draw into a published or dropped group."""
+        """Turn a draw into a published or dropped group.
+
+        Where `cut_tails` gave it up meanwhile, it is dropped as stale, with the tokens that it had; what its rewards
+        show for certain, that they are all equal or all failed, is still told as such.
+        """
         seconds: dict[str, float] = {}
-        with _timed(seconds, "sample"):
-            completions = await self._engine.sample(self._request(draw))
-        return await self._conclude(draw, completions, seconds)
+        first = self._first_request(draw)
+        with self._tails.running(draw.group_id, self._engine.version) as tail:
+            trajectories = await self._answer(draw, first, seconds)
+            if first.count < self.settings.group_size and wants_more(trajectories) and not tail.is_cut:
+                further = further_request(first, self.settings.group_size)
+                trajectories += await self._answer(draw, further, seconds)
+        dropped = drop_reason(trajectories)
+        if tail.is_cut and dropped in (None, "aborted"):
+            dropped = "stale"
+        return await self._conclude(draw, trajectories, dropped, seconds)
 
     async def rollout_round(self, draws: Sequence[Draw]) -> list[GroupReport]:
-        """Turn draws into groups, sampled together and alike in every run of one seed."""
-        seconds: dict[str, float] = {}
-        with _timed(seconds, "sample"):
-            round_of_completions = await self._engine.sample_round([self._request(draw) for draw in draws])
-        answered = zip(draws, round_of_completions, strict=True)
-        return list(await asyncio.gather(*(self._conclude(draw, each, dict(seconds)) for draw, each in answered)))
+        """Turn draws into groups, sampled together and alike in every run of one seed.
+
+        In two stages the second is a round of all the draws that go on, which starts when every first answer is
+        judged: what it holds depends on the rewards alone, and on no timing.
+        """
+        seconds: list[dict[str, float]] = [{} for _ in draws]
+        first = [self._first_request(draw) for draw in draws]
+        judged = await self._answer_round(draws, first, seconds)
+        size = self.settings.group_size
+        again = [at for at, each in enumerate(judged) if first[at].count < size and wants_more(each)]
+        if again:
+            further = [further_request(first[at], size) for at in again]
+            more = await self._answer_round([draws[at] for at in again], further, [seconds[at] for at in again])
+            for at, each in zip(again, more, strict=True):
+                judged[at] += each
+        answered = zip(draws, judged, seconds, strict=True)
+        return list(await asyncio.gather(*(self._conclude(draw, t, drop_reason(t), s) for draw, t, s in answered)))
+
+    async def cut_tails(self, oldest_version: int) -> None:
+        """Have the engine abort every group that began before `oldest_version`; their rollouts report them as stale."""
+        if request_ids := self._tails.cut(oldest_version):
+            await self._engine.abort(request_ids)
 
     async def evaluate(self, prompts: Sequence[Prompt], temperature: float, max_tokens: int, seed: int) -> list[Graded]:
-        """Answer and judge each prompt once, in a round. The caller pins the version: it updates nothing meanwhile."""
+        """Answer and judge each prompt once, in a round. The caller pins the version: it updates nothing meanwhile.
+
+        Length is not penalised here: what is held out asks what the policy knows, and rewards.functions say so.
+        """
         requests = [
             SampleRequest(
                 request_id=f"evaluation/{self._engine.version}/{number}/{prompt.prompt_id}",
@@ -112,7 +163,8 @@ class Generator:
         judged = await asyncio.gather(
             *(self._judge(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
         )
-        return [graded_of(prompt, trajectory) for prompt, (trajectory,) in zip(prompts, judged, strict=True)]
+        answered = zip(prompts, answers, judged, strict=True)
+        return [graded_of(prompt, trajectory_of(answer, parts)) for prompt, (answer,), (parts,) in answered]
 
     async def join(self, group: NcclGroup, place: int) -> None:
         """Meet the sender of the nccl backend, as engine `place` of the group; the sender must be joining too."""
@@ -166,18 +218,55 @@ class Generator:
             if isinstance(result, BaseException):
                 raise result
 
-    def _request(self, draw: Draw) -> SampleRequest:
-        return sample_request(draw, self.settings.group_size, self.settings.max_tokens, self.settings.temperature)
+    def _first_request(self, draw: Draw) -> SampleRequest:
+        settings = self.settings
+        count = settings.first_answers or settings.group_size
+        return sample_request(draw, count, settings.max_tokens, settings.temperature)
 
-    async def _judge(self, prompt: Prompt, completions: Sequence[Completion]) -> tuple[Trajectory, ...]:
+    async def _answer(self, draw: Draw, request: SampleRequest, seconds: dict[str, float]) -> tuple[Trajectory, ...]:
+        with _timed(seconds, "sample"):
+            completions = await self._engine.sample(request)
+        return await self._trajectories(draw, completions, seconds)
+
+    async def _answer_round(
+        self, draws: Sequence[Draw], requests: Sequence[SampleRequest], seconds: Sequence[dict[str, float]]
+    ) -> list[tuple[Trajectory, ...]]:
+        with contextlib.ExitStack() as stack:
+            for each in seconds:
+                stack.enter_context(_timed(each, "sample"))
+            answers = await self._engine.sample_round(requests)
+        answered = zip(draws, answers, seconds, strict=True)
+        return list(await asyncio.gather(*(self._trajectories(*each) for each in answered)))
+
+    async def _trajectories(
+        self, draw: Draw, completions: Sequence[Completion], seconds: dict[str, float]
+    ) -> tuple[Trajectory, ...]:
+        """Judge the answers of a draw; those of one that was cut off are not worth it."""
+        if is_aborted(completions):
+            return tuple(unjudged(completion) for completion in completions)
+        with _timed(seconds, "judge"):
+            judged = await self._judge(draw.prompt, completions)
+        penalised = zip(completions, judged, strict=True)
+        return tuple(trajectory_of(each, (*parts, *self._penalty(each))) for each, parts in penalised)
+
+    async def _judge(self, prompt: Prompt, completions: Sequence[Completion]) -> list[tuple[RewardPart, ...]]:
         names = self.settings.reward_names[prompt.source]
         results = await self._scorer.judge_group([judge_request(prompt, each, names) for each in completions])
-        weights = self.settings.reward_weights
-        return tuple(trajectory_of(each, parts, weights) for each, parts in zip(completions, results, strict=True))
+        return [reward_parts(each, self.settings.reward_weights) for each in results]
 
-    async def _conclude(self, draw: Draw, completions: Sequence[Completion], seconds: dict[str, float]) -> GroupReport:
-        with _timed(seconds, "judge"):
-            trajectories = await self._judge(draw.prompt, completions)
+    def _penalty(self, completion: Completion) -> tuple[RewardPart, ...]:
+        overlong = self.settings.overlong
+        if overlong is None:
+            return ()
+        return (overlong_part(len(completion.token_ids), self.settings.max_tokens, overlong),)
+
+    async def _conclude(
+        self,
+        draw: Draw,
+        trajectories: tuple[Trajectory, ...],
+        dropped: DropReason | None,
+        seconds: dict[str, float],
+    ) -> GroupReport:
         group = Group(
             group_id=draw.group_id,
             draw=draw.draw,
@@ -185,11 +274,10 @@ class Generator:
             trajectories=trajectories,
             finished_at=time.time(),
         )
-        dropped = drop_reason(group)
         if dropped is None:
             with _timed(seconds, "publish"):
                 dropped = await self._publish(group)
-        return report_of(group, dropped, seconds, self.index)
+        return report_of(group, dropped, seconds, self.index, self.settings.first_answers)
 
     async def _publish(self, group: Group) -> DropReason | None:
         """Put a group into the buffer; publishing it again after a lost answer changes nothing there."""
@@ -209,6 +297,7 @@ class Generator:
 
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], activity: str) -> Iterator[None]:
+    """Add a block's wall time to an activity's: in two stages there are two of each."""
     start = time.perf_counter()
     yield
-    seconds[activity] = time.perf_counter() - start
+    seconds[activity] = seconds.get(activity, 0.0) + time.perf_counter() - start

@@ -50,6 +50,7 @@ class VllmEngine:
         self._torn = False
         self._processes: tuple[WatchedProcess, ...] = ()
         self._deaths: list[asyncio.Task] = []
+        self._in_hand: dict[str, str] = {}  # of `sample`: the id of a request, and vLLM's own for it
         self._rounds_begun = 0
         self._scorings_begun = 0
 
@@ -84,7 +85,18 @@ class VllmEngine:
         async with self._turn:
             self._refuse_unfit(request)
             queue = await self._alive(self._add(request, salt=str(self.version)))
-        return await self._finish(queue)
+            self._in_hand[request.request_id] = queue.request_id
+        try:
+            return await self._finish(queue)
+        finally:
+            self._in_hand.pop(request.request_id, None)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """vLLM's own ids name the parent of a group's samples, which its public ids would leave behind in its books."""
+        async with self._turn:  # whoever called `sample` before has handed his request over by then
+            ours = [self._in_hand[request_id] for request_id in request_ids if request_id in self._in_hand]
+            if ours:
+                await self._alive(self._llm.abort(ours, internal=True))
 
     async def sample_round(self, requests: Sequence[SampleRequest]) -> list[tuple[Completion, ...]]:
         """All requests wait in the paused engine before the first is scheduled, so that its batches are always alike.
@@ -266,6 +278,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     return AsyncEngineArgs(
         model=settings.model_dir,
         dtype="bfloat16",
+        hf_overrides={"head_dtype": "float32"} if settings.head_dtype == "float32" else {},
         max_model_len=settings.max_context_tokens,
         max_num_seqs=settings.max_sequences,
         tensor_parallel_size=settings.tensor_parallel,

@@ -3,20 +3,26 @@
 drawn = trained + leased + buffered + dropped + in flight. Redis counts the first five, where they outlive the driver,
 and the gate the last. A group moves in Redis before the gate hears of it, so what Redis cannot place is at most what
 the gate has running.
+
+A token is useful if it was trained with an advantage other than 0. Every other sampled token was dropped, is not
+trained yet, or belongs to an answer exactly as good as its group.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping
 
 from rl.buffer import BufferStats
 from rl.metrics import Metrics, highest, last, lowest, mean, merge, total
 from rl.orders import StepReport
-from rl.trajectory import GroupReport, RewardPart
+from rl.trajectory import DropReason, Group, GroupReport, RewardPart
 
 JUDGEMENTS_WATCHED = 256
 JUDGEMENTS_BEFORE_A_VERDICT = 32
+CUT_OFF: tuple[DropReason, ...] = ("aborted", "stale")  # before all answers had ended
+USEFUL_TOKENS = "learner/useful/tokens"  # of one step, as the learner counts them
 
 
 def imbalance(counts: BufferStats, running: int) -> str:
@@ -72,14 +78,32 @@ class RewardWatch:
 class StepAccount:
     """Collects group reports until a step ends, then turns them and the counts into the step's metrics."""
 
-    def __init__(self, devices: int) -> None:
+    def __init__(self, devices: int, mask_truncated: bool = False) -> None:
         self._devices = devices
+        self._mask_truncated = mask_truncated
+        self._batch: Metrics = {}
+        self._useful: dict[int, float] = {}  # step -> tokens
         self._reports: list[GroupReport] = []
         self._opened = time.monotonic()
 
     def add(self, report: GroupReport) -> None:
         """Count a finished group."""
         self._reports.append(report)
+
+    def trained(self, groups: Iterable[Group]) -> None:
+        """Count the answers of the step's batch: those with a reward, and what became of the truncated ones."""
+        scored = [each for group in groups for each in group.trajectories if each.reward is not None]
+        truncated = sum(each.completion.finish_reason == "length" for each in scored)
+        masked = truncated if self._mask_truncated else 0
+        self._batch = {
+            "batch/answers/scored": total(len(scored)),
+            "batch/answers/truncated_trained": total(truncated - masked),
+            "batch/answers/truncated_masked": total(masked),
+        }
+
+    def take_up(self, useful: Mapping[int, float]) -> None:
+        """Go on from the useful tokens of the steps that an earlier process made and kept."""
+        self._useful = dict(useful)
 
     def close(self, step: StepReport, counts: BufferStats, sampling: Metrics) -> Metrics:
         """The metrics of the step that just ended; a new account opens."""
@@ -95,19 +119,45 @@ class StepAccount:
             "cost/accelerator_s_per_million_trained_tokens": last(self._devices * wall * 1e6 / max(1, step.num_tokens)),
             **{f"learner/seconds/{activity}": last(seconds) for activity, seconds in step.seconds.items()},
         }
-        return merge([step.metrics, sampled, speed, sampling, _of_counts(counts)])
+        useful = self._count_useful(step, counts.sampled_tokens, sum(report.num_tokens for report in reports))
+        batch, self._batch = self._batch, {}
+        return merge([step.metrics, sampled, speed, sampling, batch, useful, _of_counts(counts)])
+
+    def _count_useful(self, step: StepReport, sampled: int, sampled_since: int) -> Metrics:
+        """The useful share of what was sampled in the whole run, and between this step and the one before.
+
+        A step that is made again after a rollback replaces itself; what it was made of is sampled only once. A step
+        trains on what was sampled before it began, so its own share may exceed 1.
+        """
+        if USEFUL_TOKENS not in step.metrics:
+            return {}
+        for undone in [number for number in self._useful if number >= step.step]:
+            del self._useful[undone]
+        self._useful[step.step] = useful = step.metrics[USEFUL_TOKENS].value
+        metrics = {"flow/useful_token_fraction": last(sum(self._useful.values()) / max(1, sampled))}
+        if sampled_since:
+            metrics["flow/useful_token_fraction/step"] = last(useful / sampled_since)
+        return metrics
 
 
 def _of_report(report: GroupReport) -> Metrics:
-    scores = [reward for reward in report.rewards if reward is not None]
-    place = f"{report.source}/{report.level}"
+    """A group's metrics. Rewards are averaged over the answers that were sampled whatever they were worth.
+
+    Of a group in two stages that is the first: its other answers exist only because the first differ, and would draw
+    the mean towards the middle. Lengths are those of whole answers: of a group that was cut off nobody knows them.
+    """
+    place, first = f"{report.source}/{report.level}", report.first_answers
+    scores = [reward for reward in report.rewards[:first] if reward is not None]
     metrics: Metrics = {
         "sampling/groups": total(1),
         "sampling/zero_advantage_fraction": mean(report.dropped == "zero_advantage"),
     }
-    if answers := len(report.rewards):  # none where every generator died of the prompt
+    answers = len(report.rewards)
+    if answers and report.dropped not in CUT_OFF:
         metrics["sampling/truncated_fraction"] = mean(report.truncated / answers, answers)
         metrics["sampling/completion_length/tokens"] = mean(report.num_tokens / answers, answers)
+        if first is not None:
+            metrics["sampling/stopped_at_first_fraction"] = mean(answers == first)
     for activity, seconds in report.seconds.items():
         metrics[f"sampling/{activity}/s_per_group"] = mean(seconds)
     if scores:
@@ -116,7 +166,9 @@ def _of_report(report: GroupReport) -> Metrics:
         metrics[f"reward/mean/{place}"] = mean(average, len(scores))
         metrics["reward/min"] = lowest(min(scores))
         metrics["reward/max"] = highest(max(scores))
-    return merge([metrics, *(_of_part(report.source, part) for parts in report.parts for part in parts)])
+    told = [part for parts in report.parts[:first] for part in parts]
+    told += [part for parts in report.parts[len(report.rewards[:first]) :] for part in parts if part.value is None]
+    return merge([metrics, *(_of_part(report.source, part) for part in told)])
 
 
 def _of_part(source: str, part: RewardPart) -> Metrics:
@@ -136,7 +188,6 @@ def _of_counts(counts: BufferStats) -> Metrics:
         "flow/tokens/sampled": last(counts.sampled_tokens),
         "flow/tokens/trained": last(trained),
         "flow/tokens/buffered": last(counts.buffered_tokens),
-        "flow/useful_token_fraction": last(trained / max(1, counts.sampled_tokens - counts.buffered_tokens)),
         "buffer/bytes": last(counts.buffered_bytes + counts.leased_bytes),
         "buffer/oldest_age/s": last(counts.oldest_age_s),
     }

@@ -62,12 +62,15 @@ def generator_settings(
             gpu_memory_fraction=config.generators.gpu_memory_fraction,
             threads=None if cuda else threads.engine,
             seed=config.run.seed,
+            head_dtype=config.model.head_dtype,
         ),
         generator=GeneratorSettings(
             run_id=directory.run_id,
             group_size=config.rollout.group_size,
             max_tokens=config.rollout.max_tokens,
             temperature=config.rollout.temperature,
+            first_answers=config.rollout.first_answers,
+            overlong=config.rewards.overlong,
             reward_weights={name: function.weight for name, function in functions.items()},
             reward_names={
                 source: tuple(name for name, each in functions.items() if source in (each.sources or config.sources))
@@ -113,6 +116,8 @@ def learner_settings(
             deadline_s=config.monitoring.step_deadline_s,
             learner=config.learner,
             algorithm=config.algorithm,
+            head_dtype=config.model.head_dtype,
+            guardrails=dict(config.staleness.guardrails),
         ),
         redis_url=url,
         log_folder=str(directory.logs),

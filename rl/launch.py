@@ -115,7 +115,9 @@ async def _assemble(stack: AsyncExitStack, wiring: Wiring, desk: Desk, resume: b
         raise ValueError(shortfall)  # now, and not after the first step
     prompts = await asyncio.to_thread(_open_prompts, config, model_dir)
     weights = {name: source.weight for name, source in config.sources.items()}
-    curriculum = Curriculum(prompts.levels, weights, config.curriculum, config.rollout.group_size, config.run.seed)
+    curriculum = Curriculum(
+        prompts.levels, weights, config.curriculum, config.rollout.group_size, config.run.seed, prompts.known
+    )
     await stack.enter_async_context(_ray(directory.run_id))
     if wiring.stopper is not None:
         wiring.stopper.listen()
@@ -132,7 +134,7 @@ async def _assemble(stack: AsyncExitStack, wiring: Wiring, desk: Desk, resume: b
         recorder=recorder,
         archive=Archive(directory),
         progress=wiring.progress,
-        account=StepAccount(devices),
+        account=StepAccount(devices, config.algorithm.mask_truncated),
         rewards=RewardWatch(config.rewards.max_failure_fraction),
         report_stall=wiring.report_stall,
         regroup=wiring.regroup,
@@ -200,6 +202,8 @@ def _plan(config: RunConfig, run_id: str, start_step: int) -> Plan:
         max_buffer_bytes=config.buffer.max_bytes,
         max_learner_restarts=config.learner.max_restarts,
         start_step=start_step,
+        guardrails=config.staleness.guardrails,
+        long_tail=config.rollout.long_tail,
     )
 
 

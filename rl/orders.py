@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from rl.guardrails import Trip
 from rl.metrics import Metrics
 from rl.trajectory import GroupEntry, Prompt, RewardPart
 
@@ -43,7 +44,10 @@ class StepOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What an optimizer step did: the new version, its metrics, a digest of the batch, seconds by activity."""
+    """What an optimizer step did: the new version, its metrics, a digest of the batch, seconds by activity.
+
+    trips are the guardrails that lowered or skipped it.
+    """
 
     step: int
     version: int
@@ -51,6 +55,7 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True):
     batch_digest: str
     num_tokens: int
     seconds: dict[str, float]
+    trips: tuple[Trip, ...] = ()
 
 
 class PartStatus(msgspec.Struct, frozen=True, kw_only=True):

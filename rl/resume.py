@@ -12,6 +12,7 @@ import json
 
 import msgspec
 
+from rl.accounting import USEFUL_TOKENS
 from rl.checkpoints import Manifest
 from rl.codec import entry_of
 from rl.parts import Parts
@@ -48,6 +49,7 @@ async def take_up(parts: Parts, sampler: Sampler, saver: Saver, manifest: Manife
     counts = await buffer.stats()
     parts.gate.resume(counts.trained_groups + counts.leased_groups + counts.buffered_groups)
     parts.recorder.rewind(manifest.step)
+    parts.account.take_up(parts.recorder.read_metric(USEFUL_TOKENS))
     found = TakenUp(
         step=manifest.step,
         redelivered_steps=max(ledger, default=0) - manifest.step,

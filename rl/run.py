@@ -30,6 +30,7 @@ from rl.buffer import BufferRewound, BufferStats, MissingGroups
 from rl.crew import Crew, together
 from rl.delivery import Delivery
 from rl.evaluation import Evaluation, summarise
+from rl.guardrails import GateGuard, check_names
 from rl.metrics import Metrics, last
 from rl.orders import StepOrder, StepReport
 from rl.parts import GeneratorsLost, LearnersLost, Parts, Plan
@@ -55,6 +56,7 @@ class Run:
         self.sampler = Sampler(plan, parts, self.shared, self._crew)
         self.delivery = Delivery(plan, parts, self.shared)
         self.saver = Saver(plan, parts, self.sampler, self._crew)
+        self._guard = GateGuard(plan.guardrails, parts.gate)
         self._sampling = False
         self._evaluation_due = asyncio.Event()
         self._last_evaluation: Evaluation | None = None
@@ -119,6 +121,8 @@ class Run:
         report, groups = await together(stepping, self._archive(step, group_ids))
         assert report.version == step, f"step {step} left the learners at version {report.version}"
         self.shared.step = step
+        self.parts.curriculum.step_made()
+        self.shared.changed.set()
         self.saver.trained(step, entries)
         if step > self._furthest_step:
             self._furthest_step, self._restarts_in_a_row = step, 0
@@ -142,6 +146,7 @@ class Run:
         if self._last_evaluation is not None:
             sampling |= self._last_evaluation.metrics()
         sampling |= self._own_metrics()
+        parts.account.trained(groups)
         metrics = parts.account.close(report, counts, sampling)
         parts.recorder.step(report.step, metrics)
         offered = self.delivery.offered
@@ -149,12 +154,23 @@ class Run:
         parts.recorder.event("step", step=report.step, batch=report.batch_digest, groups=len(groups), weights=weights)
         parts.recorder.rollouts(report.step, groups[: self.plan.deadlines.rollouts_per_step])
         parts.progress.step(report.step, metrics, self._last_evaluation)
+        self._act_on(report, metrics)
         return counts
+
+    def _act_on(self, report: StepReport, metrics: Metrics) -> None:
+        """Have the guardrails look at a step; the learner's have acted before it."""
+        if report.step == self.plan.start_step + 1:
+            check_names(self.plan.guardrails, metrics, report.metrics)
+        for trip in (*report.trips, *self._guard.judge(metrics)):
+            facts = {"name": trip.name, "action": trip.action, "metric": trip.metric, "value": trip.value}
+            self.parts.recorder.event("guardrail", step=report.step, **facts, reason=str(trip))
+            self.parts.progress.note(f"[yellow]{trip}: {trip.action.replace('_', ' ')}[/yellow]")
 
     def _own_metrics(self) -> Metrics:
         return {
             "weights/version_behind": last(self.step - self.shared.sampling_version),
             "learner/restarts/count": last(self._restarts),
+            "staleness/allowed_lag/versions": last(self.parts.gate.allowed_lag),
             "buffer/reconnects/count": last(self.parts.buffer.reconnects),
         }
 

@@ -36,7 +36,8 @@ class Sampler:
         self._shared = shared
         self._crew = crew
         self._draws: dict[str, Draw] = {}  # of every group that is running, waiting or leased
-        self._running: set[str] = set()
+        self._running: dict[str, int] = {}  # and the version that it was admitted under
+        self._cut_before = 0
         self._waiting: set[str] = set()
         self._seen: set[str] = set()  # published, not saved yet, and evidence for the curriculum already
         self._ahead: set[str] = set()  # leased or dropped before their report came: a generator died after publishing
@@ -56,9 +57,29 @@ class Sampler:
     async def _room_to_draw(self) -> None:
         while True:
             self._shared.changed.clear()  # before the look, which awaits: a change during it must not be missed
+            self._cut_long_tails()
             if self._room() > 0 and await self.parts.buffer.has_room():
                 return
             await self._shared.changed.wait()
+
+    def _cut_long_tails(self) -> None:
+        """With rollout.long_tail drop, give up what runs and would be stale by now if it were done.
+
+        No token of a group is older than the version that it was admitted under, so that version decides; a generator
+        that began it later, after the death of another, keeps it. Each comes back as a report like any, dropped as
+        stale. The tokens sampled by then are counted, those of one that the engine had not come to are none.
+        """
+        oldest = self._shared.step - self.plan.max_lag
+        if self.plan.long_tail == "continue" or self.plan.max_lag == 0 or oldest <= self._cut_before:
+            return
+        if any(version < oldest for version in self._running.values()):
+            self._cut_before = oldest
+            self._crew.spawn(self._cut(oldest), "cutting long tails")
+
+    async def _cut(self, oldest: int) -> None:
+        cutting = self.parts.generators.cut_tails(oldest)
+        what = f"groups from before version {oldest} to be aborted"
+        await within(cutting, self.plan.deadlines.update_deadline_s, what, "the generators")
 
     def _room(self) -> int:
         """Groups that may be sampled now; none beyond what the remaining steps can train on."""
@@ -84,18 +105,20 @@ class Sampler:
             draw = self._draw()
             self.parts.gate.admit()
         self._draws[draw.group_id] = draw
-        self._running.add(draw.group_id)
+        self._running[draw.group_id] = self._shared.sampling_version
         async with self._keeping:
             await self.parts.buffer.admit(draw, self._encoded_state())
         return draw
 
     def _draw(self) -> Draw:
         choice = self.parts.curriculum.draw(self._shared.sampling_version)
-        prompt = self.parts.prompts.next(choice.source, choice.level)
+        prompt = self.parts.prompts.next(choice.source, choice.level, choice.key)
         number, self.next_draw = self.next_draw, self.next_draw + 1
         key = f"{self.plan.run.seed}/{number}"
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big") >> 1
-        return Draw(group_id=f"{self.plan.run_id}/{number:08d}", draw=number, prompt=prompt, seed=seed)
+        group_id = f"{self.plan.run_id}/{number:08d}"
+        self.parts.recorder.draw(number, group_id, prompt.prompt_id, choice)
+        return Draw(group_id=group_id, draw=number, prompt=prompt, seed=seed)
 
     async def _sample_group(self, draw: Draw) -> None:
         what = f"group {draw.group_id} (prompt {draw.prompt.prompt_id})"
@@ -126,7 +149,7 @@ class Sampler:
             self._ahead.remove(report.group_id)  # the books have it already, with what the first sampling published
         else:
             await self._book(report)
-        self._observe(report.source, report.level, report.rewards, report.oldest_version)
+        self._observe(report.source, report.level, report.scores, report.oldest_version)
         parts.account.add(report)
         parts.rewards.observe(report)
         parts.curriculum.check_signal(self.plan.groups_per_step)
@@ -138,7 +161,7 @@ class Sampler:
     async def _book(self, report: GroupReport) -> None:
         gate, group_id, reason = self.parts.gate, report.group_id, report.dropped
         dropped = reason is not None and await self._drop(report.draw, group_id, report.num_tokens, reason)
-        self._running.discard(group_id)
+        self._running.pop(group_id, None)
         if dropped:
             gate.drop_running()
             self._draws.pop(group_id, None)
@@ -157,10 +180,13 @@ class Sampler:
     def _tell_drop(self, group_id: str, prompt_id: str, reason: DropReason | None, tokens: int) -> None:
         self.parts.recorder.event("dropped", group=group_id, prompt=prompt_id, reason=reason, tokens=tokens)
 
-    def _observe(self, source: str, level: str, rewards: Sequence[float | None], version: int) -> None:
+    def _observe(
+        self, source: str, level: str, rewards: Sequence[float | None], version: int, prompt_id: str = ""
+    ) -> None:
         scores = [reward for reward in rewards if reward is not None]
         pass_rate = sum(scores) / len(scores) if scores else None
-        self.parts.curriculum.observe(source, level, pass_rate, len(set(scores)) > 1, version)
+        key = prompt_id.removeprefix(f"{source}/{level}/") or None
+        self.parts.curriculum.observe(source, level, pass_rate, len(set(scores)) > 1, version, len(scores), key)
 
     # What leaves the books
 
@@ -169,7 +195,7 @@ class Sampler:
         for group_id in (entry.group_id for entry in entries):
             self._waiting.discard(group_id)
             if group_id in self._running:
-                self._running.remove(group_id)
+                del self._running[group_id]
                 self._ahead.add(group_id)
                 self.parts.gate.publish()
 
@@ -180,7 +206,7 @@ class Sampler:
                 self._waiting.remove(entry.group_id)
                 self.parts.gate.drop_accepted()
             elif entry.group_id in self._running:
-                self._running.remove(entry.group_id)
+                del self._running[entry.group_id]
                 self._ahead.add(entry.group_id)
                 self.parts.gate.drop_running()
             else:
@@ -228,7 +254,7 @@ class Sampler:
     def see(self, group: Group) -> None:
         """Learn from a published group that no process has learnt from."""
         self._seen.add(group.group_id)
-        self._observe(group.prompt.source, group.prompt.level, group.rewards, group.oldest_version)
+        self._observe(group.prompt.source, group.prompt.level, group.scores, group.oldest_version)
 
     def take_up(self, waiting: Iterable[str], unfinished: Sequence[Draw]) -> None:
         """Go on with the groups that an earlier process left waiting, and the draws that it left unfinished."""

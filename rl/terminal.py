@@ -40,7 +40,7 @@ class TerminalProgress:
         self._console.print(f"[dim]{time.monotonic() - self._started:6.0f} s[/dim]  {text}", soft_wrap=True)
 
     def step(self, step: int, metrics: Metrics, evaluation: Evaluation | None) -> None:
-        """The line of one optimizer step: reward, held-out score, lag, speed, idle, time left."""
+        """The line of one optimizer step: reward, held-out score, lag, speed, useful tokens, idle, time left."""
 
         def read(name: str) -> float:
             metric = metrics.get(name)
@@ -54,7 +54,8 @@ class TerminalProgress:
             f"held-out {_percent(held_out)}  lag {_number(read('policy/lag_mean/versions'), 1)} "
             f"(max {_number(read('policy/lag_max/versions'), 0)})  "
             f"gap {_number(read('policy/logprob_gap_mean/nats'), 3)}  "
-            f"{_number(read('speed/sampled/tokens_per_s'), 0)} tok/s  idle: learner "
+            f"{_number(read('speed/sampled/tokens_per_s'), 0)} tok/s  "
+            f"useful {_percent(read('flow/useful_token_fraction'))}  idle: learner "
             f"{_percent(read('learner/idle_fraction'))}, generator {_percent(read('generator/idle_fraction'))}  "
             f"{left / 60:.0f} min left"
         )

@@ -6,10 +6,14 @@ estimator can change without new rollouts. `rl/codec.py` puts these types on the
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
+OVERLONG = "overlong"  # the reward part that penalises length: the only one that no reward function gives
 FinishReason = Literal["stop", "length", "abort"]
 DropReason = Literal["stale", "zero_advantage", "reward_failure", "aborted", "surplus", "oversize"]
 DROP_REASONS: tuple[DropReason, ...] = (
@@ -94,7 +98,10 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RewardPart(msgspec.Struct, frozen=True, kw_only=True):
-    """What one reward said of one completion: a value, or the kind and message of its failure, never both."""
+    """What one reward said of one completion: a value, or the kind and message of its failure, never both.
+
+    weight is its factor in the sum; what earlier versions archived has none.
+    """
 
     name: str
     value: float | None
@@ -102,6 +109,22 @@ class RewardPart(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
     reward_version: str = ""
     seconds: float = 0.0
+    weight: float | UnsetType = UNSET  # left out where it is not set, so that older archives keep their digests
+
+
+def score_of(reward: float | None, parts: Sequence[RewardPart]) -> float | None:
+    """A reward without the penalty for length, which says nothing of whether the answer is right: for pass rates."""
+    if reward is None or all(part.name != OVERLONG for part in parts):
+        return reward
+    return weighted_sum([part for part in parts if part.name != OVERLONG])
+
+
+def weighted_sum(parts: Sequence[RewardPart]) -> float | None:
+    """The sum of weight times value, or None where a part that counts failed: a failure is never a number."""
+    weights = [1.0 if part.weight is UNSET else part.weight for part in parts]
+    counting = [(weight, part.value) for weight, part in zip(weights, parts, strict=True) if weight != 0.0]
+    values = [weight * value for weight, value in counting if value is not None]
+    return math.fsum(values) if len(values) == len(counting) else None
 
 
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +163,11 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
         """The stored rewards, [G]; None where judging failed."""
         return tuple(trajectory.reward for trajectory in self.trajectories)
 
+    @property
+    def scores(self) -> tuple[float | None, ...]:
+        """The rewards without a penalty for length, [G]."""
+        return tuple(score_of(trajectory.reward, trajectory.parts) for trajectory in self.trajectories)
+
 
 class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
     """What the buffer's stream says of a group without its payload: enough to plan a batch and to bound its lag.
@@ -169,6 +197,8 @@ class GroupReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a generator tells the driver of a finished group: published (dropped is None) or dropped for a reason.
 
     The driver never sees token payloads. seconds maps an activity (sample, judge, publish) to its wall time.
+    completion_tokens counts what was sampled, also of answers that were cut off. first_answers is how many answers
+    were sampled before it was known whether there would be more; None where all were sampled at once.
     """
 
     group_id: str
@@ -185,8 +215,14 @@ class GroupReport(msgspec.Struct, frozen=True, kw_only=True):
     newest_version: int
     seconds: dict[str, float]
     generator: int
+    first_answers: int | None = None
 
     @property
     def num_tokens(self) -> int:
         """Sampled tokens of the group."""
         return sum(self.completion_tokens)
+
+    @property
+    def scores(self) -> tuple[float | None, ...]:
+        """The rewards without a penalty for length, one for each answer that was judged or tried to."""
+        return tuple(score_of(reward, parts) for reward, parts in zip(self.rewards, self.parts, strict=True))

@@ -8,14 +8,18 @@ import pathlib
 import random
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
 
 from actors.rollout import report_of
 from rl.accounting import RewardWatch, StepAccount
 from rl.archive import Archive
 from rl.buffer import Buffer
-from rl.config import CheckpointSection, CurriculumSection, EvaluationSection, MonitoringSection, RunSection
+from rl.config import CheckpointSection, EvaluationSection, Guardrail, MonitoringSection, RunSection
 from rl.curriculum import Curriculum
-from rl.metrics import Metrics, highest, last, mean
+from rl.curriculum_config import CurriculumSection
+from rl.metrics import Metrics, highest, last, mean, total
 from rl.orders import Draw, Graded, PartStatus, StepOrder, StepReport
 from rl.parts import LearnersLost, Parts, Plan
 from rl.recorder import Recorder, RunDirectory
@@ -92,6 +96,13 @@ def make_report(group: Group, dropped: DropReason | None = None) -> GroupReport:
     return report_of(group, dropped, {"sample": 1.0}, 0)
 
 
+def make_cut_report(draw: Draw, version: int) -> GroupReport:
+    """What a generator would report of a group that it was told to cut off: two answers of one token each."""
+    completion = msgspec.structs.replace(make_completion(1, version), finish_reason="abort")
+    trajectories = (Trajectory(completion=completion, reward=None, parts=()),) * 2
+    return make_report(msgspec.structs.replace(make_group(draw, ()), trajectories=trajectories), "stale")
+
+
 class FakePrompts:
     """Endless prompts."""
 
@@ -100,7 +111,7 @@ class FakePrompts:
     def __init__(self) -> None:
         self.drawn = 0
 
-    def next(self, source: str, level: str) -> Prompt:
+    def next(self, source: str, level: str, key: str | None = None) -> Prompt:
         self.drawn += 1
         return make_prompt(source, level, self.drawn)
 
@@ -121,19 +132,25 @@ class FakeGenerators:
     """Engines that answer at once, in a seeded random order, at the version they were last given.
 
     rewards decides a group's rewards from its draw number; fail_at raises at that draw; corrupt alters digests.
-    sampled counts how often each draw was asked for.
+    sampled counts how often each draw was asked for. With `hold` cleared, and for an endless draw, there is no answer
+    but what `cut_tails` ends; cuts has what it was asked for.
     """
 
-    def __init__(self, buffer: Buffer, rewards=lambda draw: (0.0, 1.0), fail_at: int | None = None) -> None:
+    def __init__(
+        self, buffer: Buffer, rewards=lambda draw: (0.0, 1.0), fail_at: int | None = None, endless: Sequence[int] = ()
+    ) -> None:
         self.buffer = buffer
         self.rewards = rewards
         self.fail_at = fail_at
+        self.endless = endless
         self.corrupt = False
         self.version = 0
         self.updates: list[int] = []
         self.sampled: Counter[int] = Counter()
         self.hold = asyncio.Event()
         self.hold.set()
+        self.cuts: list[int] = []
+        self.held: dict[int, tuple[int, asyncio.Event]] = {}
         self._rng = random.Random(0)
 
     async def rollout(self, draw: Draw) -> GroupReport:
@@ -143,7 +160,9 @@ class FakeGenerators:
         version = self.version
         for _ in range(self._rng.randrange(5)):
             await asyncio.sleep(0)
-        await self.hold.wait()
+        waits = draw.draw in self.endless or not self.hold.is_set()
+        if waits and await self._is_cut(draw, version):
+            return make_cut_report(draw, version)
         rewards = self.rewards(draw.draw)
         group = make_group(draw, rewards, version)
         if len(set(rewards)) == 1:
@@ -151,6 +170,25 @@ class FakeGenerators:
             return make_report(group, reason)
         await self.buffer.put(group)
         return make_report(group)
+
+    async def _is_cut(self, draw: Draw, version: int) -> bool:
+        """Wait until the hold, or this draw, ends; tells whether it was cut."""
+        _, cut = self.held[draw.draw] = version, asyncio.Event()
+        ends = (cut,) if draw.draw in self.endless else (self.hold, cut)
+        waits = {asyncio.create_task(event.wait()) for event in ends}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self.held[draw.draw]
+            for wait in waits:
+                wait.cancel()
+        return cut.is_set()
+
+    async def cut_tails(self, oldest_version: int) -> None:
+        self.cuts.append(oldest_version)
+        for version, cut in self.held.values():
+            if version < oldest_version:
+                cut.set()
 
     async def rollout_round(self, draws: Sequence[Draw]) -> list[GroupReport]:
         reports = [await self.rollout(draw) for draw in draws]
@@ -211,6 +249,7 @@ class FakeLearners:
         self.lose_at: set[int] = set()
         self.losing_save = False
         self.restarts = 0
+        self.effective_sample_fraction = 1.0
         self._saving: tuple[str, int] = ("", 0)
 
     async def step(self, order: StepOrder) -> StepReport:
@@ -227,7 +266,12 @@ class FakeLearners:
         return StepReport(
             step=order.step,
             version=self.version,
-            metrics={"policy/lag_mean/versions": mean(0.0), "policy/lag_max/versions": highest(max(lags))},
+            metrics={
+                "policy/lag_mean/versions": mean(0.0),
+                "policy/lag_max/versions": highest(max(lags)),
+                "policy/effective_sample_fraction": mean(self.effective_sample_fraction),
+                "learner/useful/tokens": total(sum(entry.num_tokens for entry in order.entries)),
+            },
             batch_digest=str(self.batches[-1]),
             num_tokens=sum(entry.num_tokens for entry in order.entries),
             seconds={"step": 0.0},
@@ -304,6 +348,8 @@ def make_run(
     max_lag: int = 2,
     start_step: int = 0,
     saving: dict[str, int] | None = None,
+    guardrails: dict[str, Guardrail] | None = None,
+    long_tail: Literal["continue", "drop"] = "continue",
     **generators,
 ) -> Run:
     """A run over fakes and a real buffer: two groups of two per step, a checkpoint every second step."""
@@ -321,6 +367,8 @@ def make_run(
         max_buffer_bytes=1 << 20,
         max_learner_restarts=2,
         start_step=start_step,
+        guardrails=guardrails or {},
+        long_tail=long_tail,
     )
     parts = Parts(
         prompts=FakePrompts(),

@@ -20,7 +20,7 @@ from actors.member import MemberDied
 from actors.watched_process import WatchedProcess
 from rewards.scorer import JudgeRequest, PartResult
 from rl.buffer import OversizeGroup
-from rl.trajectory import Completion, Group, VersionSpan
+from rl.trajectory import Completion, FinishReason, Group, VersionSpan
 from rl.waits import Silent, answered
 from rl.weights import (
     NcclGroup,
@@ -33,7 +33,7 @@ from rl.weights import (
 )
 
 
-def scripted_completion(text: str, version: int) -> Completion:
+def scripted_completion(text: str, version: int, finish_reason: FinishReason = "stop") -> Completion:
     """A completion with one token per character; the log-probability follows from the token."""
     token_ids = tuple(ord(letter) for letter in text)
     return Completion(
@@ -41,12 +41,14 @@ def scripted_completion(text: str, version: int) -> Completion:
         token_ids=token_ids,
         logprobs=tuple(-1.0 / (1 + token) for token in token_ids),
         spans=(VersionSpan(version, 0, len(token_ids)),) if token_ids else (),
-        finish_reason="stop",
+        finish_reason=finish_reason,
     )
 
 
 class FakeEngine:
-    """Answers sample i of a request with answer(request, i), at once unless `hold` is cleared.
+    """Answers sample i of a request with answer(request, i), at once unless `hold` is cleared, aborted with one token.
+
+    A request whose id ends with "endless" is answered only when it is aborted.
 
     Switches: fail_updates refuses that many updates, altered puts other digests into receipts, die() is a SIGKILL,
     hang() a SIGSTOP: every answer and every sign of life stays out.
@@ -63,6 +65,8 @@ class FakeEngine:
         self.altered: tuple[TensorDigest, ...] | None = None
         self.canary_logprobs: tuple[float, ...] | None = None
         self.stopped = False
+        self.aborted: list[str] = []
+        self._in_hand: dict[str, asyncio.Event] = {}
         self.hold = asyncio.Event()
         self.hold.set()
         self.loading = asyncio.Event()  # whether an update may go through
@@ -84,8 +88,22 @@ class FakeEngine:
     async def sample(self, request: SampleRequest) -> tuple[Completion, ...]:
         self.requests.append(request)
         version = self.version
-        await self._unless_dead(self.hold)
-        return tuple(scripted_completion(self.answer(request, index), version) for index in range(request.count))
+        stopped = self._in_hand[request.request_id] = asyncio.Event()
+        try:
+            endless = request.request_id.endswith("endless")
+            await self._unless_dead(*(() if endless else (self.hold,)), stopped)
+        finally:
+            self._in_hand.pop(request.request_id, None)
+        answers = [self.answer(request, index) for index in range(request.count)]
+        if stopped.is_set():
+            return tuple(scripted_completion(answer[:1], version, "abort") for answer in answers)
+        return tuple(scripted_completion(answer, version) for answer in answers)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        self.aborted += request_ids
+        for request_id in request_ids:
+            if request_id in self._in_hand:
+                self._in_hand[request_id].set()
 
     async def sample_round(self, requests: Sequence[SampleRequest]) -> list[tuple[Completion, ...]]:
         return list(await asyncio.gather(*(self.sample(request) for request in requests)))
@@ -122,8 +140,9 @@ class FakeEngine:
     async def stop(self) -> None:
         self.stopped = True
 
-    async def _unless_dead(self, event: asyncio.Event) -> None:
-        waits = {asyncio.create_task(event.wait()), asyncio.create_task(self._death.wait())}
+    async def _unless_dead(self, *events: asyncio.Event) -> None:
+        """Wait for the first of the events."""
+        waits = {asyncio.create_task(event.wait()) for event in (*events, self._death)}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:

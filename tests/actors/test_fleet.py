@@ -106,6 +106,44 @@ async def test_a_first_start_that_fails_is_raised_and_leaves_nothing_running(wor
     assert all(process.killed for process in world.processes) and len(world.processes) == 2
 
 
+# Long tails
+
+
+async def test_long_tails_are_cut_wherever_they_are_and_idle_generators_are_not_asked(world, start):
+    fleet = await start(3)
+    for index in (0, 1):
+        world.process(index).engine.hold.clear()
+    rollouts = [asyncio.create_task(fleet.rollout(draw(number))) for number in range(2)]
+    await until(lambda: all(world.process(index).engine.requests for index in (0, 1)))
+    await fleet.cut_tails(1)
+    assert [(await rollout).dropped for rollout in rollouts] == ["stale", "stale"]
+    assert [world.process(index).called("cut_tails") for index in (0, 1, 2)] == [[[1]], [[1]], []]
+
+
+async def test_a_draw_that_a_death_sent_to_newer_weights_is_not_cut_for_when_it_was_drawn(world, start):
+    fleet = await start()
+    for index in (0, 1):
+        world.process(index).engine.hold.clear()
+        world.process(index).engine.version = 5 * index
+    rollout = asyncio.create_task(fleet.rollout(draw(0)))
+    await until(lambda: world.process(0).engine.requests)
+    world.process(0).vanish()
+    await until(lambda: world.process(1).engine.requests)
+    await fleet.cut_tails(5)
+    world.process(1).engine.hold.set()
+    assert (await rollout).dropped is None
+
+
+async def test_a_generator_that_dies_while_its_tails_are_cut_costs_nothing_more(world, start):
+    fleet = await start()
+    world.process(0).engine.hold.clear()
+    rollout = asyncio.create_task(fleet.rollout(draw(0)))
+    await until(lambda: world.process(0).engine.requests)
+    world.process(0).vanish()
+    await fleet.cut_tails(1)
+    assert (await rollout).dropped is None
+
+
 # Deaths
 
 

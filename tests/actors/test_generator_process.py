@@ -133,6 +133,16 @@ async def test_an_error_of_the_generator_passes_through_ray_unchanged(fleet, wor
     assert fleet.describe()[0].state == "working"
 
 
+async def test_a_long_tail_is_cut_off_through_ray_and_its_rollout_tells_of_it(fleet):
+    endless = msgspec.structs.replace(draw(0), group_id="run/endless")
+    rollout = asyncio.create_task(fleet.rollout(endless))
+    while not rollout.done():  # what is cut before the actor has begun it is cut the next time
+        await fleet.cut_tails(100)
+        await asyncio.sleep(0.01)
+    report = await rollout
+    assert (report.dropped, report.num_tokens) == ("stale", 3) and fleet.describe()[0].in_hand == 0
+
+
 class SlowToStart(FakeGeneratorProcess):
     """An actor whose engine never comes up."""
 

@@ -227,6 +227,30 @@ async def test_an_abandoned_request_is_aborted_and_the_engine_goes_on(engine, pr
     assert await engine.sample(ask(prompt, "next", max_tokens=2))
 
 
+async def test_an_aborted_group_answers_at_once_with_what_it_has_and_leaves_nothing_in_the_engine(
+    restored, prompt, weights, tmp_path
+):
+    engine, version = restored, restored.version
+    running = asyncio.create_task(engine.sample(ask(prompt, "tail", count=8, max_tokens=200, temperature=1.5)))
+    alone = asyncio.create_task(engine.sample(ask(prompt, "alone", count=1, max_tokens=200, temperature=1.5)))
+    await engine.score(prompt)  # comes back only after the two have begun
+    loading = asyncio.create_task(engine.load(write_update(tmp_path / "update", version + 1, weights)))
+    await asyncio.sleep(0)
+    just_asked = asyncio.create_task(engine.sample(ask(prompt, "just asked", max_tokens=200)))
+    await asyncio.sleep(0)
+    await engine.abort(["tail", "alone", "just asked", "nobody's"])
+    async with asyncio.timeout(10):
+        completions = [*await running, *await alone, *await just_asked]
+    await loading
+    assert len(completions) == 8 + 1 + 4
+    cut = [each for each in completions if each.finish_reason == "abort"]
+    assert any(0 < len(each.token_ids) < 200 for each in cut) and all(len(each.token_ids) < 200 for each in cut)
+    assert all({span.version for span in each.spans} <= {version, version + 1} for each in cut)
+    books = engine._llm.output_processor
+    assert not (books.request_states or books.parent_requests or books.external_req_ids or engine._in_hand)
+    assert {each.finish_reason for each in await engine.sample(ask(prompt, "next", max_tokens=2))} <= {"length", "stop"}
+
+
 async def test_a_probe_is_answered_while_the_engine_samples_and_while_it_loads(restored, prompt, weights, tmp_path):
     engine = restored
     running = asyncio.create_task(engine.sample(ask(prompt, "long", count=8, max_tokens=200, temperature=1.5)))

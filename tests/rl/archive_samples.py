@@ -24,7 +24,7 @@ def rich_prompt(index: int = 0) -> Prompt:
 def rich_answer(reward: float | None, version: int = 0, length: int = 4) -> Trajectory:
     """An answer over two versions whose log-probabilities have no short decimal form."""
     parts = (
-        RewardPart(name="format", value=0.1 + 0.2, reward_version="f1", seconds=1 / 3),
+        RewardPart(name="format", value=0.1 + 0.2, reward_version="f1", seconds=1 / 3, weight=1 / 7),
         RewardPart(
             name="answer",
             value=reward,

@@ -1,13 +1,14 @@
 """Sums between steps, the balance, and the watch over failing rewards."""
 
+import msgspec
 import pytest
 
-from rl.accounting import RewardWatch, StepAccount, check_balance
+from rl.accounting import USEFUL_TOKENS, RewardWatch, StepAccount, check_balance
 from rl.buffer import BufferStats
-from rl.metrics import values
+from rl.metrics import total, values
 from rl.orders import Draw, StepReport
 from rl.trajectory import DROP_REASONS
-from tests.fakes import make_group, make_prompt, make_report
+from tests.fakes import make_cut_report, make_group, make_prompt, make_report
 
 
 def counts(drawn=4, buffered=1, leased=1, trained=1, sampled=None):
@@ -30,6 +31,11 @@ def counts(drawn=4, buffered=1, leased=1, trained=1, sampled=None):
 
 def report(rewards, dropped=None):
     return make_report(make_group(Draw(group_id="g", draw=0, prompt=make_prompt(), seed=0), rewards), dropped)
+
+
+def step_of(number, useful=None):
+    metrics = {} if useful is None else {USEFUL_TOKENS: total(useful)}
+    return StepReport(step=number, version=number, metrics=metrics, batch_digest="", num_tokens=8, seconds={})
 
 
 def test_groups_that_are_nowhere_must_be_in_flight():
@@ -75,3 +81,62 @@ def test_a_draw_that_no_generator_survived_counts_without_answers():
     step = StepReport(step=1, version=1, metrics={}, batch_digest="", num_tokens=0, seconds={})
     metrics = values(account.close(step, counts(), {}))
     assert metrics["sampling/groups"] == 1 and "sampling/completion_length/tokens" not in metrics
+
+
+def test_the_useful_share_is_that_of_all_sampled_tokens_and_that_of_the_steps_own():
+    account = StepAccount(1)
+    account.add(report((1.0, 0.0)))  # 8 tokens
+    first = values(account.close(step_of(1, useful=6), counts(sampled=20), {}))
+    assert first["flow/useful_token_fraction"] == 0.3 and first["flow/useful_token_fraction/step"] == 0.75
+    second = values(account.close(step_of(2, useful=4), counts(sampled=40), {}))
+    assert second["flow/useful_token_fraction"] == 0.25 and "flow/useful_token_fraction/step" not in second
+    assert "flow/useful_token_fraction" not in values(account.close(step_of(3), counts(), {}))
+
+
+def test_a_step_that_is_made_again_after_a_rollback_is_useful_once():
+    account = StepAccount(1)
+    for number in (1, 2, 3, 2, 3):
+        metrics = account.close(step_of(number, useful=5), counts(sampled=30), {})
+    assert values(metrics)["flow/useful_token_fraction"] == 0.5
+
+
+def test_a_resumed_run_goes_on_counting_from_the_steps_that_were_kept():
+    account = StepAccount(1)
+    account.take_up({1: 5.0, 2: 7.0})
+    metrics = account.close(step_of(3, useful=6), counts(sampled=36), {})
+    assert values(metrics)["flow/useful_token_fraction"] == 0.5
+
+
+def test_the_mean_reward_of_two_stages_is_that_of_the_first_answers():
+    account = StepAccount(1)
+    for rewards in ((0.0, 0.0), (0.0, 1.0, 1.0, 1.0, None)):
+        account.add(msgspec.structs.replace(report(rewards), first_answers=2))
+    numbers = values(account.close(step_of(1), counts(), {}))
+    assert numbers["reward/mean"] == numbers["reward/part/sums/answer"] == 0.25
+    assert numbers["sampling/stopped_at_first_fraction"] == 0.5
+    assert numbers["reward/failures/sums/answer/timeout"] == 1, "failures are counted wherever they are"
+
+
+def test_a_group_that_was_cut_off_has_no_length():
+    account = StepAccount(1)
+    account.add(make_cut_report(Draw(group_id="g", draw=0, prompt=make_prompt(), seed=0), 0))
+    account.add(report((0.0, 1.0)))
+    numbers = values(account.close(step_of(1), counts(), {}))
+    assert numbers["sampling/groups"] == 2 and numbers["sampling/completion_length/tokens"] == 4
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_truncated_answers_of_a_batch_are_counted_as_trained_or_masked(masked):
+    group = make_group(Draw(group_id="g", draw=0, prompt=make_prompt(), seed=0), (0.0, 1.0, None))
+    cut = [
+        msgspec.structs.replace(each, completion=msgspec.structs.replace(each.completion, finish_reason="length"))
+        for each in group.trajectories[1:]
+    ]
+    group = msgspec.structs.replace(group, trajectories=(group.trajectories[0], *cut))
+    account = StepAccount(1, mask_truncated=masked)
+    account.trained([group])
+    numbers = values(account.close(step_of(1), counts(), {}))
+    assert numbers["batch/answers/scored"] == 2
+    assert numbers["batch/answers/truncated_masked"] == int(masked)
+    assert numbers["batch/answers/truncated_trained"] == int(not masked)
+    assert "batch/answers/scored" not in account.close(step_of(2), counts(), {})

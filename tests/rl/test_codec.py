@@ -33,7 +33,7 @@ def completions(draw: st.DrawFn) -> Completion:
 @st.composite
 def groups(draw: st.DrawFn) -> Group:
     failed = (RewardPart(name="a", value=None, failure="timeout", message="10 s"),)
-    judged = (RewardPart(name="a", value=0.1, reward_version="3f", seconds=0.25),)
+    judged = (RewardPart(name="a", value=0.1, reward_version="3f", seconds=0.25, weight=0.5),)
     prompt = Prompt(
         prompt_id=draw(st.text()),
         source="sums",
@@ -54,6 +54,11 @@ def groups(draw: st.DrawFn) -> Group:
         ),
         finished_at=draw(st.floats(0, 2e9)),
     )
+
+
+def test_a_part_without_a_weight_has_the_bytes_that_it_had_before_parts_had_weights():
+    assert b"weight" not in encode(RewardPart(name="a", value=0.1))
+    assert decode(encode(RewardPart(name="a", value=0.1, weight=2.0)), RewardPart).weight == 2.0
 
 
 @given(groups())

@@ -68,6 +68,17 @@ async def test_with_redis_whole_nothing_is_lost_and_nothing_written_off(crashed)
     await finishes(run)
 
 
+async def test_the_useful_share_of_a_resumed_run_counts_the_steps_that_were_kept_and_made_again_once(crashed):
+    run, _ = await taken_up(crashed)
+    await finishes(run)
+    counts = await run.parts.buffer.stats()
+    share = run.parts.recorder.read_metric("flow/useful_token_fraction")
+    useful = run.parts.recorder.read_metric("learner/useful/tokens")
+    assert sum(useful.values()) == counts.trained_tokens and list(share) == list(range(1, STEPS + 1))
+    sampled = run.parts.recorder.read_metric("flow/tokens/sampled")
+    assert share[STEPS] == sum(useful.values()) / sampled[STEPS]
+
+
 async def test_with_redis_gone_the_unsaved_steps_come_from_the_archive_and_the_rest_is_drawn_anew(crashed):
     ledger = crashed.parts.recorder.read_ledger()
     Rewinding(crashed.url, crashed.plan.run_id).wipe()

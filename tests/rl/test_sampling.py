@@ -13,7 +13,9 @@ from rl.buffer import Buffer, BufferLimits
 from rl.crew import Crew
 from rl.sampling import Sampler
 from rl.shared import Shared
+from rl.trajectory import RewardPart
 from tests.fakes import make_group, make_report, make_run
+from tests.fakes_engine import until
 from tests.rl.rewinding import Rewinding
 
 LIMITS = BufferLimits(max_bytes=1 << 20, max_groups=1000)
@@ -133,7 +135,7 @@ async def test_the_state_of_the_last_act_is_what_a_resumed_run_draws_from(place,
 async def test_rounds_are_taken_up_whole_with_the_draws_that_were_lost(place):
     sampler, _ = place
     sampler.plan = dataclasses.replace(sampler.plan, max_lag=0)
-    sampler.parts.gate.max_lag = 0
+    sampler.parts.gate.max_lag = sampler.parts.gate.allowed_lag = 0
     drawn = [await sampler._next() for _ in range(2)]
     fresh = Sampler(sampler.plan, sampler.parts, Shared(0), Crew())
     sampler.parts.gate.running = 0
@@ -168,3 +170,64 @@ async def test_a_stale_drop_that_redis_lost_with_the_publication_is_counted_agai
     await sampler.reconcile()
     stats = await buffer.stats()
     assert stats.dropped["stale"][0] == 1 and stats.in_flight == 0 == sampler.parts.gate.running
+
+
+# Long tails
+
+
+async def test_what_would_be_stale_by_now_is_cut_once_a_step_and_gives_its_capacity_back(place):
+    sampler, buffer = place
+    sampler.plan = dataclasses.replace(sampler.plan, long_tail="drop")  # with a max_lag of 2
+    generators, gate = sampler.parts.generators, sampler.parts.gate
+    generators.hold.clear()
+    rollout = asyncio.create_task(sampler._sample_group(await sampler._next()))
+    await until(lambda: generators.held)
+    for step in (1, 2):
+        sampler._shared.step = step
+        sampler._cut_long_tails()
+    assert gate.running == 1
+    sampler._shared.step = 3
+    for _ in range(2):
+        sampler._cut_long_tails()
+    await rollout
+    assert generators.cuts == [1] and gate.running == 0
+    stats = await buffer.stats()
+    assert stats.dropped["stale"] == (1, 2) and stats.sampled_tokens == 2 and stats.in_flight == 0
+    assert await buffer.drawn() == ()
+
+
+@pytest.mark.parametrize("settings", [{"long_tail": "continue"}, {"long_tail": "drop", "max_lag": 0}])
+async def test_long_tails_go_on_where_that_is_asked_for_and_where_rounds_have_none(place, settings):
+    sampler, _ = place
+    sampler.plan = dataclasses.replace(sampler.plan, **settings)
+    await sampler._next()
+    sampler._shared.step = 9
+    sampler._cut_long_tails()
+    await asyncio.sleep(0)
+    assert sampler.parts.generators.cuts == []
+
+
+async def test_a_run_drops_its_endless_groups_and_makes_all_its_steps_without_them(redis_url, tmp_path):
+    buffer = await Buffer.connect(redis_url, f"run-{secrets.token_hex(4)}", LIMITS)
+    run = make_run(tmp_path / "r", buffer, steps=8, long_tail="drop", endless=(1, 5))
+    assert await run.main() == "finished"
+    stats = await buffer.stats()
+    groups, tokens = stats.dropped["stale"]
+    assert groups >= 2 and tokens >= 4 and stats.trained_groups == 16
+    await buffer.delete_run()
+    await buffer.close()
+
+
+async def test_a_penalty_for_length_does_not_count_in_what_the_curriculum_is_told(place):
+    sampler, buffer = place
+    told = []
+    sampler.parts.curriculum.observe = lambda *facts: told.append(facts)
+    draw = await sampler._next()
+    group = make_group(draw, (1.0, 1.0))
+    parts = (RewardPart(name="answer", value=1.0, weight=1.0), RewardPart(name="overlong", value=-0.5, weight=1.0))
+    long = msgspec.structs.replace(group.trajectories[1], reward=0.5, parts=parts)
+    group = msgspec.structs.replace(group, trajectories=(group.trajectories[0], long))
+    await buffer.put(group)
+    await sampler._absorb(make_report(group))
+    sampler.see(group)
+    assert [facts[2] for facts in told] == [1.0, 1.0]

@@ -22,7 +22,7 @@ def graded(reward):
     )
 
 
-def test_a_step_is_one_line_with_reward_held_out_score_lag_speed_idle_and_time_left():
+def test_a_step_is_one_line_with_reward_held_out_score_lag_speed_useful_tokens_idle_and_time_left():
     metrics = {
         "reward/mean": last(0.5),
         "policy/lag_mean/versions": last(1.5),
@@ -31,6 +31,7 @@ def test_a_step_is_one_line_with_reward_held_out_score_lag_speed_idle_and_time_l
         "speed/sampled/tokens_per_s": last(210),
         "learner/idle_fraction": last(0.05),
         "generator/idle_fraction": last(0.4),
+        "flow/useful_token_fraction": last(0.42),
         "time/step/s": last(60),
     }
     line = shown(lambda progress: progress.step(4, metrics, summarise(3, 3, [graded(1.0), graded(0.0)])))
@@ -41,6 +42,7 @@ def test_a_step_is_one_line_with_reward_held_out_score_lag_speed_idle_and_time_l
         "held-out 50%",
         "lag 1.5 (max 2)",
         "210 tok/s",
+        "useful 42%",
         "idle: learner 5%",
         "6 min left",
     ):
