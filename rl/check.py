@@ -15,8 +15,9 @@ import msgspec
 from rich.table import Table
 
 from rl import model_size
-from rl.config import HubSource, JsonlSource, ReasoningGymSource, RunConfig, Source
+from rl.config import RunConfig
 from rl.prompts import validate
+from rl.source_config import HubSource, JsonlSource, ReasoningGymSource, Source
 
 GIB = 1 << 30
 BYTES_PER_PARAMETER_STATE = 12  # fp32 master and both AdamW moments

@@ -218,6 +218,26 @@ def lineage(
 
 
 @application.command()
+def screen(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Score the training prompts of files and hub datasets under a config's model, and write their difficulty down.
+
+    A source's `difficulty` then leaves out what is too hard or too easy. Exit status 0: all answered, 1: some are left.
+    """
+    import os
+
+    from rl.screen import screen as screen_sources
+
+    with os.fdopen(os.dup(1), "w") as screen:  # the engine's own output goes to a file
+        console = Console(highlight=False, file=screen)
+        try:
+            complete = asyncio.run(screen_sources(load_config(config, overrides or []), console))
+        except (ValueError, OSError) as error:
+            console.print(f"[bold red]refused[/bold red]  {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(EXIT_BAD_INPUT) from None
+    raise typer.Exit(0 if complete else 1)
+
+
+@application.command()
 def check(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Say what a run would do, and what is wrong with its config, in under two seconds."""
     from rewards.loading import resolve

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from rl.chooser import Reason
 from rl.recorder import RunDirectory, read_rows
 
 
@@ -26,6 +27,18 @@ class Drop(msgspec.Struct, frozen=True, kw_only=True):
     prompt_id: str
     reason: str
     tokens: int
+
+
+class DrawFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a prompt was drawn, for which group; a line of draws.jsonl."""
+
+    draw: int
+    group: str
+    prompt: str
+    source: str
+    level: str
+    time: float
+    reason: Reason
 
 
 class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +92,16 @@ def read_history(directory: RunDirectory) -> History:
             if handler:
                 handler(row)
     return reading.history()
+
+
+def read_draws(directory: RunDirectory, group: str = "", prompt: str = "") -> dict[str, DrawFacts]:
+    """The draws of a group or of a prompt, by group; of one made again the last. Earlier versions wrote none."""
+    found: dict[str, DrawFacts] = {}
+    for _, row in read_rows(directory.path / "draws.jsonl"):
+        if row is not None and (row.get("group") == group or row.get("prompt") == prompt):
+            facts = msgspec.convert(row, DrawFacts)
+            found[facts.group] = facts
+    return found
 
 
 class _Reading:

@@ -1,7 +1,8 @@
 """This file answers where things came from: from a step to its groups, prompts, rewards and weights, and back.
 
-It knows what ledger.jsonl, archive/ and events.jsonl of a run directory say, and nothing else; it changes nothing, so a
-run may be going on. A step made again after a rollback counts as last made. `rl/lineage_view.py` shows the answers.
+It knows what ledger.jsonl, archive/, events.jsonl and draws.jsonl of a run directory say, and nothing else; it changes
+nothing, so a run may be going on. A step made again after a rollback counts as last made. `rl/lineage_view.py` shows
+the answers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import msgspec
 
 from rl.archive import Archive
-from rl.history import Drop, Rollback, VersionFacts, read_history
+from rl.history import DrawFacts, Drop, Rollback, VersionFacts, read_draws, read_history
 from rl.recorder import Recorder, RunDirectory, read_rows
 from rl.trajectory import Group
 
@@ -48,7 +49,10 @@ class StepLineage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GroupLineage(msgspec.Struct, frozen=True, kw_only=True):
-    """All about a group. step trained it, or will: state says which; given_up are steps planned anew without it."""
+    """All about a group. step trained it, or will: state says which; given_up are steps planned anew without it.
+
+    drawn tells why its prompt was drawn; None where no line says so.
+    """
 
     group: str
     step: int | None
@@ -56,15 +60,17 @@ class GroupLineage(msgspec.Struct, frozen=True, kw_only=True):
     given_up: tuple[int, ...]
     facts: GroupFacts | None
     checkpoints: tuple[int, ...]
+    drawn: DrawFacts | None = None
     problems: tuple[str, ...] = ()
 
 
 class PromptLineage(msgspec.Struct, frozen=True, kw_only=True):
-    """All groups of a prompt that were trained, and those known to be dropped."""
+    """All groups of a prompt that were trained, those known to be dropped, and why it was drawn each time."""
 
     prompt_id: str
     groups: tuple[GroupLineage, ...]
     dropped: tuple[Drop, ...]
+    draws: tuple[DrawFacts, ...] = ()
     problems: tuple[str, ...] = ()
 
 
@@ -133,7 +139,8 @@ class Genealogist:
         group_id = f"{self._directory.run_id}/{int(group):08d}" if group.isdigit() else group
         step = next((step for step, group_ids in self._ledger.items() if group_id in group_ids), None)
         drop = self._history.drops.get(group_id)
-        if step is None and drop is None:
+        drawn = read_draws(self._directory, group=group_id).get(group_id)
+        if step is None and drop is None and drawn is None:
             raise ValueError(
                 f"run {self._directory.run_id} has no record of group {group_id}: no step took it. Either it has not "
                 "been trained yet, or it was dropped, which metrics.jsonl counts by reason"
@@ -147,6 +154,7 @@ class Genealogist:
             given_up=self._given_up(group_id, step),
             facts=next((_facts_of(each) for each in found if each.group_id == group_id), None),
             checkpoints=self._history.saved_by(step) if step in self._history.steps else (),
+            drawn=drawn,
             problems=tuple(problems),
         )
 
@@ -156,11 +164,16 @@ class Genealogist:
         rows = self._scan(1, problems, "group", "prompt_id")
         groups = dict.fromkeys(row["group"] for _, row in rows if row["prompt_id"] == prompt_id)
         dropped = tuple(drop for drop in self._history.drops.values() if drop.prompt_id == prompt_id)
-        if not groups and not dropped:
+        draws = tuple(read_draws(self._directory, prompt=prompt_id).values())
+        if not groups and not dropped and not draws:
             told = f" ({'; '.join(problems)})" if problems else ""
             raise ValueError(f"no step of run {self._directory.run_id} trained on prompt {prompt_id}{told}")
         return PromptLineage(
-            prompt_id=prompt_id, groups=tuple(map(self.group, groups)), dropped=dropped, problems=tuple(problems)
+            prompt_id=prompt_id,
+            groups=tuple(map(self.group, groups)),
+            dropped=dropped,
+            draws=draws,
+            problems=tuple(problems),
         )
 
     def version(self, version: int) -> VersionLineage:
@@ -184,7 +197,7 @@ class Genealogist:
 
     def _state(self, step: int | None, drop: Drop | None) -> str:
         if step is None:
-            return f"dropped: {drop.reason}" if drop else "unknown"
+            return f"dropped: {drop.reason}" if drop else "drawn, and no step has taken it"
         if step not in self._history.steps:
             return f"planned for step {step}, which has not been made, or not again since a rollback"
         saved = self._history.saved_by(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 from rich.console import Group as Screen
 from rich.console import RenderableType
@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from rl.history import Drop, Rollback, VersionFacts
+from rl.chooser import Numbers
+from rl.history import DrawFacts, Drop, Rollback, VersionFacts
 from rl.lineage import GroupFacts, GroupLineage, Lineage, PromptLineage, StepLineage, VersionLineage
 
 Rows = list[tuple[str, str]]
@@ -25,7 +26,7 @@ def render(lineage: Lineage) -> RenderableType:
         case GroupLineage():
             parts = [_facts(f"group {lineage.group}", _of_group(lineage))]
         case PromptLineage():
-            parts = [_trained(lineage), *map(_dropped, lineage.dropped)]
+            parts = [_trained(lineage), *map(_dropped, lineage.dropped), _drawn(lineage)]
         case VersionLineage():
             parts = [_facts(f"policy version {lineage.facts.version}", _of_version(lineage)), _sampled(lineage)]
     problems = [Text.assemble(("problem  ", "bold red"), problem) for problem in lineage.problems]
@@ -58,6 +59,8 @@ def _of_group(lineage: GroupLineage) -> Rows:
             ("rewards", _rewards(facts)),
             ("reward versions", _reward_versions(facts)),
         ]
+    if lineage.drawn:
+        rows += [("drawn because", line) for line in _why(lineage.drawn)]
     return [*rows, ("checkpoints", _checkpoints(lineage.checkpoints))]
 
 
@@ -106,6 +109,48 @@ def _trained(lineage: PromptLineage) -> Table:
         told = (_listed(facts.versions), _rewards(facts)) if facts else ("", "")
         view.add_row(*map(escape, (group.group, group.state, *told)))
     return view
+
+
+WHY = {
+    "uniform": "every level is drawn alike",
+    "explore": "of all levels of its source it was drawn longest ago",
+    "band": "the pass rate sampled from its belief lies in the band",
+    "nearest": "no level's sampled pass rate lay in the band, and its promised most signal",
+}
+WHY_PROMPT = {
+    "explore": "it came next in the epoch",
+    "band": "the pass rate sampled from its belief lies in the band",
+    "nearest": "no candidate's sampled pass rate lay in the band, and its promised most signal",
+    "reprobe": "it was mastered long ago, and is looked at again",
+}
+
+
+def _why(drawn: DrawFacts) -> Iterator[str]:
+    """Why a prompt was drawn: the source's turn, the level, the prompt."""
+    reason = drawn.reason
+    if reason.lender:
+        yield f"source {reason.lender} lent its turn to {drawn.source}: it had less than half as much to teach"
+    elif reason.credit is not None:
+        yield f"source {drawn.source} was due {reason.credit:.2f} draws"
+    yield f"level {drawn.level}: {_told(reason.why, WHY, reason.level)}, at version {reason.version}"
+    if reason.signal is not None:
+        yield f"its next group teaches with a chance of {reason.signal:.2f}"
+    if reason.prompt_why:
+        yield f"the prompt: {_told(reason.prompt_why, WHY_PROMPT, reason.prompt)}"
+    yield from (f"{name}: {value}" for name, value in reason.notes.items())
+
+
+def _told(why: str, words: Mapping[str, str], numbers: Numbers | None) -> str:
+    told = f"{why}, {words[why]}" if why in words else why
+    if numbers is None:
+        return told
+    sampled = "" if numbers.sampled is None else f", sampled {numbers.sampled:.2f}"
+    return f"{told} (pass rate {numbers.pass_rate:.2f} from {numbers.answers:.1f} answers{sampled})"
+
+
+def _drawn(lineage: PromptLineage) -> Table:
+    rows = [(f"draw {drawn.draw} because", line) for drawn in lineage.draws for line in _why(drawn)]
+    return _facts("", rows)
 
 
 def _dropped(drop: Drop) -> Text:

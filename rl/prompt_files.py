@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from rl.config import HubSource, JsonlSource
 from rl.questions import Question, nearest, plain, user_message
+from rl.source_config import HubSource, JsonlSource
 from rl.trajectory import Message, TextPart
 
 SINGLE_LEVEL = "all"
@@ -30,6 +30,16 @@ class FileLevel:
         self._held_out = held_out
         self._seed = seed
         self._order: tuple[int, list[int]] = (-1, [])
+        self._by_key = {question.key: question for question in training}
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """All training questions, in the order of the file."""
+        return self._training
+
+    def question(self, key: str) -> Question:
+        """The training question of this key."""
+        return self._by_key[key]
 
     def training(self, cursor: int) -> tuple[Question, int]:
         """The question at `cursor`, counted over all epochs."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rl.config import HubSource, JsonlSource, ReasoningGymSource, Source
 from rl.metrics import Metrics, last
 from rl.prompt_files import FileLevel, Levels, read_hub, read_jsonl
-from rl.questions import Question, QuestionStream
+from rl.questions import KnownPrompt, Question, QuestionStream
 from rl.reasoning_gym_prompts import name_problems, open_levels
+from rl.screening import sift
+from rl.source_config import HubSource, JsonlSource, ReasoningGymSource, Source
 from rl.trajectory import Message, Prompt, TextPart
 
 Render = Callable[[tuple[Message, ...]], tuple[int, ...]]
@@ -26,13 +27,18 @@ class PromptSources:
     """Every source with its levels, and a cursor into each: reproducible, and resumable from the cursors alone.
 
     levels: source -> its level names. refused: over-long questions that an endless source made and that were passed
-    over. in_held_out: rows of a file that are not trained on because a held-out row asks the same.
+    over. in_held_out: rows of a file that are not trained on because a held-out row asks the same. known: the prompts
+    of finite levels, by source and level. by_difficulty counts those that a source's `difficulty` left out, unscreened
+    those that it knows nothing of.
     """
 
     def __init__(self, render: Render, max_prompt_tokens: int, system_prompt: str | None) -> None:
         self.levels: dict[str, tuple[str, ...]] = {}
         self.refused: Counter[str] = Counter()
         self.in_held_out: Counter[str] = Counter()
+        self.by_difficulty: Counter[str] = Counter()
+        self.unscreened: Counter[str] = Counter()
+        self.known: dict[str, dict[str, tuple[KnownPrompt, ...]]] = {}
         self._render = render
         self._max_prompt_tokens = max_prompt_tokens
         self._system = (Message("system", (TextPart(system_prompt),)),) if system_prompt else ()
@@ -54,16 +60,25 @@ class PromptSources:
         """
         opened = cls(render, max_prompt_tokens, system_prompt)
         files: dict[str, tuple[Levels, Levels]] = {}
+        screened: dict[str, Mapping[str, KnownPrompt]] = {}
         streams: dict[str, Mapping[str, QuestionStream]] = {}
         for name, source in sources.items():
             if isinstance(source, ReasoningGymSource):
                 streams[name] = open_levels(name, source, seed)
             else:
-                files[name] = _read(name, source)
+                training, held_out = _read(name, source)
+                sifted = sift(name, source, training)
+                opened.by_difficulty[name], opened.unscreened[name] = sifted.left_out, sifted.unscreened
+                files[name], screened[name] = (sifted.levels, held_out), sifted.screened
         held_out = (question for _, levels in files.values() for level in levels.values() for question in level)
         asked = {question.text.strip() for question in held_out}
         for name, (training, held_out) in files.items():
-            streams[name] = opened._file_levels(name, training, held_out, asked, seed)
+            levels = opened._file_levels(name, training, held_out, asked, seed)
+            opened.known[name] = {
+                level: tuple(screened[name].get(each.key, KnownPrompt(each.key)) for each in stream.questions)
+                for level, stream in levels.items()
+            }
+            streams[name] = levels
         opened._streams = streams
         opened.levels = {name: tuple(streams[name]) for name in sources}
         opened._rewind()
@@ -77,11 +92,18 @@ class PromptSources:
         self._cursors = {name: dict.fromkeys(levels, 0) for name, levels in self._streams.items()}
         self.refused.clear()
 
-    def next(self, source: str, level: str) -> Prompt:
-        """The next training prompt. ValueError where an endless source makes only over-long ones."""
+    def next(self, source: str, level: str, key: str | None = None) -> Prompt:
+        """The next training prompt, or that of `key` where a finite level is asked for one of its `known`.
+
+        ValueError where an endless source makes only over-long ones.
+        """
+        stream = self._streams[source][level]
+        if key is not None:
+            assert isinstance(stream, FileLevel), "only finite levels know their prompts by key"
+            return self._prompt(source, level, stream.question(key))
         prompt = None
         for _ in range(MAX_REFUSED_IN_A_ROW):
-            question, self._cursors[source][level] = self._streams[source][level].training(self._cursors[source][level])
+            question, self._cursors[source][level] = stream.training(self._cursors[source][level])
             prompt = self._prompt(source, level, question)
             if len(prompt.token_ids) <= self._max_prompt_tokens:
                 return prompt
@@ -91,6 +113,11 @@ class PromptSources:
             f"{MAX_REFUSED_IN_A_ROW} prompts in a row of {source}/{level} are longer than {self._max_prompt_tokens} "
             f"tokens, the last, {prompt.prompt_id}, has {len(prompt.token_ids)}; {REMEDY}"
         )
+
+    def questions(self, source: str, level: str) -> Sequence[Question]:
+        """All training questions of a finite level; none of an endless one."""
+        stream = self._streams[source][level]
+        return stream.questions if isinstance(stream, FileLevel) else ()
 
     def held_out(self, source: str, level: str, count: int) -> list[Prompt]:
         """At most `count` held-out prompts, the same for every seed: fewer where the level has no more distinct ones.
@@ -112,6 +139,8 @@ class PromptSources:
         for source in self.levels:
             metrics[f"prompts/refused_too_long/{source}"] = last(self.refused[source])
             metrics[f"prompts/left_out_as_held_out/{source}"] = last(self.in_held_out[source])
+            metrics[f"prompts/left_out_by_difficulty/{source}"] = last(self.by_difficulty[source])
+            metrics[f"prompts/unscreened/{source}"] = last(self.unscreened[source])
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -145,14 +174,14 @@ class PromptSources:
 
     def _file_levels(
         self, name: str, training: Levels, held_out: Levels, asked: set[str], seed: int
-    ) -> Mapping[str, QuestionStream]:
+    ) -> Mapping[str, FileLevel]:
         unknown = set(held_out) - set(training)
         if unknown:
             raise ValueError(
                 f"sources.{name}: the held-out rows have the levels {sorted(unknown)}, the training rows only "
                 f"{sorted(training)}; give both the same levels"
             )
-        streams: dict[str, QuestionStream] = {}
+        streams: dict[str, FileLevel] = {}
         too_long: list[Prompt] = []
         for level, questions in training.items():
             kept = [question for question in questions if question.text.strip() not in asked]
@@ -196,9 +225,20 @@ def validate(sources: Mapping[str, Source]) -> list[str]:
             if isinstance(source, ReasoningGymSource):
                 problems += name_problems(name, source)
             elif isinstance(source, JsonlSource):
-                _read(name, source)
+                training, _ = _read(name, source)
+                sift(name, source, training)
             elif source.dataset.startswith(("/", ".", "~")) and not pathlib.Path(source.dataset).expanduser().exists():
                 problems.append(f"sources.{name}.dataset {source.dataset} does not exist; correct the path")
         except ValueError as error:
             problems.append(str(error))
     return problems
+
+
+def left_out_by_difficulty(sources: Mapping[str, Source]) -> dict[str, tuple[int, int]]:
+    """Of each file with a `difficulty`: what it leaves out, of how many prompts. ValueError as `validate` tells."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, source in sources.items():
+        if isinstance(source, JsonlSource) and source.difficulty is not None:
+            training, _ = _read(name, source)
+            counts[name] = (sift(name, source, training).left_out, sum(map(len, training.values())))
+    return counts

@@ -25,6 +25,14 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     columns: dict[str, Any]
 
 
+class KnownPrompt(msgspec.Struct, frozen=True):
+    """A prompt of a finite source. passed and answers are what `rl screen` found of it; none where it was not there."""
+
+    key: str
+    passed: float = 0.0
+    answers: float = 0.0
+
+
 class QuestionStream(Protocol):
     """The questions of one source and level."""
 
@@ -35,6 +43,11 @@ class QuestionStream(Protocol):
     def held_out(self) -> Iterator[Question]:
         """Held-out questions in a fixed order, the same for every seed; it ends where there are no more."""
         ...
+
+
+def digest_of(question: Question) -> str:
+    """What tells a question from another that took its key, such as a line number, when the data were edited."""
+    return f"{stable_number('question', question.text, bits=64):016x}"
 
 
 def user_message(text: str, instruction: str) -> Message:

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rl.config import ReasoningGymSource
 from rl.questions import Question, nearest, plain, stable_number, user_message
+from rl.source_config import ReasoningGymSource
 
 ITEMS_PER_SEED = 500  # reasoning_gym's own default size: every dataset can make so many from one seed
 HELD_OUT_PART = 3  # one question text in so many is held out

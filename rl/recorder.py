@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from rl.chooser import Choice
 from rl.evaluation import Evaluation
 from rl.metrics import Metrics, values
 from rl.trajectory import Group
@@ -126,9 +127,23 @@ class Recorder:
         """One line of events.jsonl: what happened, when, and its facts."""
         self._append("events.jsonl", {"time": time.time(), "event": kind, **facts})
 
+    def draw(self, number: int, group_id: str, prompt_id: str, choice: Choice) -> None:
+        """One line of draws.jsonl per draw: which prompt, and why it was drawn.
+
+        It stays when a run goes back: the draws were made. One that is made again, because the driver died or Redis
+        lost it before it was sampled, has a second line, and the last one counts.
+        """
+        facts = {"draw": number, "group": group_id, "prompt": prompt_id, "source": choice.source, "level": choice.level}
+        self._append("draws.jsonl", {"time": time.time(), **facts, "reason": msgspec.to_builtins(choice.reason)})
+
     def step(self, step: int, metrics: Metrics) -> None:
         """One line of metrics.jsonl per optimizer step."""
         self._append("metrics.jsonl", {"step": step, "time": time.time(), **values(metrics)})
+
+    def read_metric(self, name: str) -> dict[int, float]:
+        """Step -> value of one metric, of all steps that have it in metrics.jsonl."""
+        rows = (row for _, row in read_rows(self.directory.path / "metrics.jsonl") if row is not None)
+        return {row["step"]: row[name] for row in rows if name in row}
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """One line of evaluations.jsonl."""

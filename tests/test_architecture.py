@@ -30,10 +30,11 @@ MAY_ALSO_IMPORT = {
     "rl/launch.py": {"actors", "learners", "rewards"},
     "rl/fleet_settings.py": {"actors", "learners", "rewards"},
     "rl/wiring.py": {"actors", "learners"},
+    "rl/screen.py": {"actors", "rewards"},
     "rl/cli.py": {"rewards"},
 }
 # the loops and the command: nothing below may know them
-TOP_OF_RL = ("rl.run", "rl.wiring", "rl.launch", "rl.cli", "rl.dashboard")
+TOP_OF_RL = ("rl.run", "rl.wiring", "rl.launch", "rl.screen", "rl.cli", "rl.dashboard")
 VENDOR_DOORS = {
     "vllm": {"actors/vllm_engine.py", "actors/weight_receiver.py", "learners/nccl_sender.py"},
     "redis": {"rl/buffer.py", "rl/redis_client.py"},

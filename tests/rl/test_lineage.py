@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from rl.archive import Archive
+from rl.chooser import Choice, Numbers, Reason
 from rl.cli import application
 from rl.history import read_history
 from rl.lineage import Genealogist, SampledTokens
@@ -132,6 +133,27 @@ def test_a_version_leads_to_its_step_and_to_the_tokens_that_it_sampled(made):
     )
     assert "step 1" in shown(found) and "30 trained tokens" in shown(found)
     assert Genealogist(made.directory).version(0).made_by is None
+
+
+def test_a_draw_leads_to_why_it_was_made_and_of_one_made_twice_the_last_counts(made):
+    level, prompt = Numbers(0.41, 37.5, 0.55), Numbers(0.9, 16.0)
+    facts = {"version": 2, "level": level, "signal": 0.93, "credit": 0.75}
+    band = Reason(why="band", **facts, prompt_why="reprobe", prompt=prompt)
+    made.recorder.draw(3, "run-1/00000003", "sums/easy/3", Choice("sums", "easy", Reason(why="explore", version=1)))
+    made.recorder.draw(3, "run-1/00000003", "sums/easy/3", Choice("sums", "easy", band, "3"))
+    lent = Reason(why="nearest", version=4, lender="products", notes={"mood": "good"})
+    made.recorder.draw(10, "run-1/00000010", "sums/easy/3", Choice("sums", "easy", lent))
+    found = Genealogist(made.directory).group("3")
+    assert found.drawn is not None and found.drawn.reason == band
+    text = shown(found)
+    assert "source sums was due 0.75 draws" in text
+    assert "level easy: band, the pass rate sampled from its belief lies in the band (pass rate 0.41 from 37.5" in text
+    assert "sampled 0.55), at version 2" in text and "teaches with a chance of 0.93" in text
+    assert "the prompt: reprobe, it was mastered long ago" in text
+    drawn = Genealogist(made.directory).prompt("sums/easy/3")
+    assert [each.draw for each in drawn.draws] == [3, 10]
+    assert "source products lent its turn to sums" in shown(drawn) and "mood: good" in shown(drawn)
+    assert Genealogist(made.directory).group("10").state == "drawn, and no step has taken it"
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import sys
 import msgspec
 import pytest
 
-from rl.config import HubSource, JsonlSource, ReasoningGymSource, Source
 from rl.prompt_files import FileLevel
 from rl.prompts import PromptSources, validate
 from rl.questions import nearest, plain
 from rl.reasoning_gym_prompts import catalogue, parameters
+from rl.source_config import HubSource, JsonlSource, ReasoningGymSource, Source
 from rl.trajectory import Message
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -146,7 +146,7 @@ def test_checking_sources_imports_nothing_heavy(tmp_path: pathlib.Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", *questions(3))
     script = f"""
 import sys
-from rl.config import JsonlSource, ReasoningGymSource
+from rl.source_config import JsonlSource, ReasoningGymSource
 from rl.prompts import validate
 sources = {{
     "sums": ReasoningGymSource(kind="reasoning_gym", dataset="gcd", levels={{"a": {{"min_value": 2}}}}),

@@ -45,6 +45,14 @@ def test_a_step_becomes_one_line_of_plain_numbers(recorder):
     assert row["step"] == 1 and row["reward/mean"] == 0.5
 
 
+def test_a_metric_is_read_back_by_step_where_a_step_has_it_and_a_crash_left_its_line(recorder):
+    recorder.step(1, {"x": last(0.5)})
+    recorder.step(2, {"y": last(1.0)})
+    recorder.step(3, {"x": last(2.0)})
+    cut(recorder, "metrics.jsonl", '{"step": 4, "x": 1')
+    assert recorder.read_metric("x") == {1: 0.5, 3: 2.0}
+
+
 def rows_of(recorder, name):
     return [row for _, row in read_rows(recorder.directory.path / name)]
 
