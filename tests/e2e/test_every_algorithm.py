@@ -7,16 +7,13 @@ import pytest
 from rl.algorithm_config import PRESETS
 
 PARTS = (
-    "algorithm.advantage=reinforce_pp_baseline",
-    "algorithm.name=decoupled algorithm.loss.anchor=log_linear",
+    "algorithm.name=decoupled algorithm.loss.anchor=log_linear algorithm.advantage=reinforce_pp_baseline",
     "algorithm.name=tis algorithm.loss.level=sequence",
-    "algorithm.name=grpo algorithm.loss.dual_clip=3 algorithm.mask.level=sequence algorithm.mask_truncated=true",
+    "algorithm.name=grpo algorithm.loss.dual_clip=3 algorithm.mask.level=geometric algorithm.mask_truncated=true",
     "algorithm.kl.coefficient=0.01 algorithm.kl.estimator=k1 algorithm.kl.reference=ema",
-    "algorithm.kl.coefficient=0.01 algorithm.kl.estimator=k2",
-    "algorithm.kl.coefficient=0.01 algorithm.kl.estimator=k3 algorithm.entropy_coefficient=0.01",
-    "model.head_dtype=float32",
-    "rollout.first_answers=2 rewards.overlong.soft_tokens=8",
-    "rollout.long_tail=drop",
+    "algorithm.kl.coefficient=0.01 algorithm.kl.estimator=k2 algorithm.entropy_coefficient=0.01",
+    "algorithm.kl.coefficient=0.01 algorithm.kl.estimator=k3 model.head_dtype=float32",
+    "rollout.first_answers=2 rewards.overlong.soft_tokens=8 rollout.long_tail=drop",
 )
 
 
