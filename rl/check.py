@@ -15,8 +15,9 @@ import msgspec
 from rich.table import Table
 
 from rl import model_size
+from rl.chooser import check_name
 from rl.config import RunConfig
-from rl.prompts import validate
+from rl.prompts import left_out_by_difficulty, validate
 from rl.source_config import HubSource, JsonlSource, ReasoningGymSource, Source
 
 GIB = 1 << 30
@@ -119,6 +120,7 @@ def arithmetic(config: RunConfig, cores: int) -> tuple[Row, ...]:
     parameters = model_size.count_parameters(config.model.path)
     return (
         *_batch_rows(config),
+        *_prompt_rows(config),
         *_ahead_rows(config),
         *_evaluation_rows(config),
         *_process_rows(config, cores),
@@ -138,6 +140,10 @@ def problems(config: RunConfig, resolve_reward: ResolveReward) -> list[str]:
             resolve_reward(function.use)
         except ValueError as error:
             found.append(f"rewards.functions.{name}: {error}")
+    try:
+        check_name(config.curriculum.name)
+    except ValueError as error:
+        found.append(str(error))
     needed, cap = _batch_bytes(config), config.buffer.max_bytes
     if needed > cap:
         found.append(
@@ -162,6 +168,18 @@ def render(rows: tuple[Row, ...], title: str) -> Table:
 def _batch_bytes(config: RunConfig) -> int:
     """Payload of one batch in the buffer when every answer is as long as allowed."""
     return config.trajectories_per_step * config.rollout.max_tokens * BYTES_PER_SAMPLED_TOKEN
+
+
+def _prompt_rows(config: RunConfig) -> list[Row]:
+    """What the difficulty that `rl screen` wrote leaves out; an unreadable file is a problem, and told as one."""
+    try:
+        left_out = left_out_by_difficulty(config.sources)
+    except ValueError:
+        return []
+    return [
+        Row("batch", f"prompts of {name} left out", f"{count:,} of {total:,}", f"outside sources.{name}.difficulty")
+        for name, (count, total) in left_out.items()
+    ]
 
 
 def _batch_rows(config: RunConfig) -> list[Row]:

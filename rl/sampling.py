@@ -149,7 +149,7 @@ class Sampler:
             self._ahead.remove(report.group_id)  # the books have it already, with what the first sampling published
         else:
             await self._book(report)
-        self._observe(report.source, report.level, report.scores, report.oldest_version)
+        self._observe(report.source, report.level, report.scores, report.oldest_version, report.prompt_id)
         parts.account.add(report)
         parts.rewards.observe(report)
         parts.curriculum.check_signal(self.plan.groups_per_step)
@@ -180,13 +180,11 @@ class Sampler:
     def _tell_drop(self, group_id: str, prompt_id: str, reason: DropReason | None, tokens: int) -> None:
         self.parts.recorder.event("dropped", group=group_id, prompt=prompt_id, reason=reason, tokens=tokens)
 
-    def _observe(
-        self, source: str, level: str, rewards: Sequence[float | None], version: int, prompt_id: str = ""
-    ) -> None:
-        scores = [reward for reward in rewards if reward is not None]
-        pass_rate = sum(scores) / len(scores) if scores else None
-        key = prompt_id.removeprefix(f"{source}/{level}/") or None
-        self.parts.curriculum.observe(source, level, pass_rate, len(set(scores)) > 1, version, len(scores), key)
+    def _observe(self, source: str, level: str, scores: Sequence[float | None], version: int, prompt_id: str) -> None:
+        judged = [score for score in scores if score is not None]
+        pass_rate = sum(judged) / len(judged) if judged else None
+        key = prompt_id.removeprefix(f"{source}/{level}/")
+        self.parts.curriculum.observe(source, level, pass_rate, len(set(judged)) > 1, version, len(judged), key)
 
     # What leaves the books
 
@@ -254,7 +252,8 @@ class Sampler:
     def see(self, group: Group) -> None:
         """Learn from a published group that no process has learnt from."""
         self._seen.add(group.group_id)
-        self._observe(group.prompt.source, group.prompt.level, group.scores, group.oldest_version)
+        prompt = group.prompt
+        self._observe(prompt.source, prompt.level, group.scores, group.oldest_version, prompt.prompt_id)
 
     def take_up(self, waiting: Iterable[str], unfinished: Sequence[Draw]) -> None:
         """Go on with the groups that an earlier process left waiting, and the draws that it left unfinished."""

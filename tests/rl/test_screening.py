@@ -80,14 +80,19 @@ async def screened(source: JsonlSource, tmp_path: pathlib.Path, engine=rollout, 
     return len(work.todo)
 
 
+def cut_a_line(source: JsonlSource) -> None:
+    """What a crash leaves."""
+    with pathlib.Path(source.path + ".difficulty.jsonl").open("a") as file:
+        file.write('{"prompt": "3", "quest')
+
+
 def with_difficulty(source: JsonlSource, **bounds) -> JsonlSource:
     return source.model_copy(update={"difficulty": Difficulty(**bounds)})
 
 
 async def test_every_prompt_is_answered_once_and_a_second_call_goes_on_where_the_first_ended(source, tmp_path) -> None:
     assert await screened(source, tmp_path, limit=3) == 4
-    path = pathlib.Path(source.path + ".difficulty.jsonl")
-    path.write_text(path.read_text() + '{"prompt": "3", "quest')  # a crash
+    cut_a_line(source)
     assert await screened(source, tmp_path) == 1
     assert await screened(source, tmp_path) == 0
     found = read_screened(default_path(source, tmp_path))
