@@ -15,12 +15,18 @@ PARTS = (
     "algorithm.kl.coefficient=0.01 algorithm.kl.estimator=k3 model.head_dtype=float32",
     "rollout.first_answers=2 rewards.overlong.soft_tokens=8 rollout.long_tail=drop",
 )
+QUICK = (  # ranks and checkpoints are other tests' business
+    "learner.ranks=1",
+    "evaluation.every_steps=99",
+    "evaluation.prompts_per_level=1",
+    "checkpoint.every_steps=3",
+)
 
 
 @pytest.mark.algorithms
 @pytest.mark.parametrize("settings", [*(f"algorithm.name={name}" for name in PRESETS), *PARTS])
 def test_it_trains_the_smoke_config(rl, settings):
-    run = rl("run", "smoke", "evaluation.every_steps=99", "evaluation.prompts_per_level=1", *settings.split())
+    run = rl("run", "smoke", *QUICK, *settings.split())
     assert run.finish() == 0, run.output.read_text()
     metrics = run.metrics
     assert list(metrics["step"]) == [1, 2, 3]
