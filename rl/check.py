@@ -79,9 +79,15 @@ def shared_memory_bytes(parameters: int) -> int:
     return 2 * BYTES_PER_PARAMETER_EXPORT * parameters
 
 
-def checkpoint_bytes(parameters: int) -> int:
-    """Disk of one checkpoint: sharded fp32 state and the bf16 Hugging Face export."""
-    return (BYTES_PER_PARAMETER_STATE + BYTES_PER_PARAMETER_EXPORT) * parameters
+def checkpoint_bytes(parameters: int, config: RunConfig) -> int:
+    """Disk of one checkpoint: sharded fp32 state, a moving reference with it, and the bf16 Hugging Face export."""
+    return (_state_bytes(config) + BYTES_PER_PARAMETER_EXPORT) * parameters
+
+
+def _state_bytes(config: RunConfig) -> int:
+    """Of fp32 state, per parameter: master and both moments, and the mean of masters that a KL term may pull to."""
+    moving = config.algorithm.kl is not None and config.algorithm.kl.reference == "ema"
+    return BYTES_PER_PARAMETER_STATE + (4 if moving else 0)
 
 
 def checkpoints_at_once(config: RunConfig) -> int:
@@ -98,14 +104,14 @@ def disk_shortfall(config: RunConfig, folder: pathlib.Path) -> str | None:
     if parameters is None:
         return None
     there = sum(file.stat().st_size for file in folder.glob("checkpoints/**/*") if file.is_file())
-    needed = checkpoints_at_once(config) * checkpoint_bytes(parameters)
+    needed = checkpoints_at_once(config) * checkpoint_bytes(parameters, config)
     free = shutil.disk_usage(folder).free
     if free + there >= needed:
         return None
     return (
         f"the disk of {folder} has {free:,} bytes free, but {checkpoints_at_once(config)} checkpoints of "
-        f"{checkpoint_bytes(parameters):,} bytes will be on it at once; free some space, set run.dir to another disk, "
-        f"or lower checkpoint.keep (now {config.checkpoint.keep})"
+        f"{checkpoint_bytes(parameters, config):,} bytes will be on it at once; free some space, set run.dir to another "
+        f"disk, or lower checkpoint.keep (now {config.checkpoint.keep})"
     )
 
 
@@ -301,11 +307,16 @@ def _size_rows(config: RunConfig, parameters: int | None) -> list[Row]:
     return [
         Row("size", "parameters", f"{parameters / 1e6:,.1f} million", config.model.path),
         Row("size", "one weight update", _size(BYTES_PER_PARAMETER_EXPORT * parameters), "bf16, to every generator"),
-        Row("size", "one checkpoint", _size(checkpoint_bytes(parameters)), "fp32 state 12 + export 2 bytes/parameter"),
+        Row(
+            "size",
+            "one checkpoint",
+            _size(checkpoint_bytes(parameters, config)),
+            f"fp32 state {_state_bytes(config)} + export 2 bytes/parameter",
+        ),
         Row(
             "size",
             "checkpoints on disk, at most",
-            _size(checkpoints_at_once(config) * checkpoint_bytes(parameters)),
+            _size(checkpoints_at_once(config) * checkpoint_bytes(parameters, config)),
             f"{kept} kept and one being written, one every {config.checkpoint.every_steps} steps",
         ),
         Row("size", "host memory, roughly", _size(memory_bytes(config, parameters)), "all processes together"),

@@ -256,7 +256,7 @@ def _space_findings(config: RunConfig, parameters: int | None) -> list[Finding]:
     known = parameters is not None
     memory = check.memory_bytes(config, parameters) if known else None
     shared = check.shared_memory_bytes(parameters) if known and config.weight_backend == "shared_memory" else 0
-    disk = check.checkpoints_at_once(config) * check.checkpoint_bytes(parameters) if known else None
+    disk = check.checkpoints_at_once(config) * check.checkpoint_bytes(parameters, config) if known else None
     folder = pathlib.Path(config.run.dir).resolve()
     while not folder.exists():
         folder = folder.parent

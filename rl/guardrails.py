@@ -17,7 +17,7 @@ from rl.staleness import Gate
 
 STEP_ACTIONS = frozenset({"skip_step", "lower_step"})  # the learner's
 RUN_ACTIONS = frozenset({"tighten_gate", "stop"})  # the driver's
-SPORADIC = "/by_lag/"  # a lag that no token of a step has is not in its metrics
+SPORADIC = ("/by_lag/", "/gradient_noise/")  # what a step does not report where it has nothing to tell
 
 
 class Trip(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +120,7 @@ def check_names(rules: Mapping[str, Guardrail], metrics: Metrics, of_learner: Me
     """
     for name, rule in rules.items():
         known = of_learner if rule.action in STEP_ACTIONS else metrics
-        if rule.metric in known or SPORADIC in rule.metric:
+        if rule.metric in known or any(part in rule.metric for part in SPORADIC):
             continue
         near = difflib.get_close_matches(rule.metric, known, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "metrics.jsonl has the names"

@@ -85,7 +85,9 @@ def test_gpus_are_counted_for_engines_and_ranks():
 
 def test_sizes_follow_from_the_number_of_parameters():
     shown = values(config_with())
-    assert checkpoint_bytes(10) == 140
+    assert checkpoint_bytes(10, config_with()) == 140
+    moving = config_with("algorithm.kl.coefficient=0.1", "algorithm.kl.reference=ema")
+    assert checkpoint_bytes(10, moving) == 180, "the reference's masters are saved too"
     assert shown["parameters"] == "135.0 million"
     assert shown["one weight update"] == "257 MiB"
     assert shown["checkpoints on disk, at most"] == "5.3 GiB"
@@ -136,7 +138,7 @@ def test_the_table_shows_every_row_once():
 
 def test_a_run_whose_checkpoints_do_not_fit_on_the_disk_is_refused_with_bytes_and_a_fix(tmp_path, monkeypatch):
     config = config_with("checkpoint.every_steps=10", "checkpoint.keep=2")
-    needed = 3 * checkpoint_bytes(135_000_000)
+    needed = 3 * checkpoint_bytes(135_000_000, config)
     free = SimpleNamespace(free=needed - 1)
     monkeypatch.setattr("rl.check.shutil.disk_usage", lambda folder: free)
     told = disk_shortfall(config, tmp_path)
