@@ -110,8 +110,8 @@ def disk_shortfall(config: RunConfig, folder: pathlib.Path) -> str | None:
         return None
     return (
         f"the disk of {folder} has {free:,} bytes free, but {checkpoints_at_once(config)} checkpoints of "
-        f"{checkpoint_bytes(parameters, config):,} bytes will be on it at once; free some space, set run.dir to another "
-        f"disk, or lower checkpoint.keep (now {config.checkpoint.keep})"
+        f"{checkpoint_bytes(parameters, config):,} bytes will be there at once; free some space, set run.dir to "
+        f"another disk, or lower checkpoint.keep (now {config.checkpoint.keep})"
     )
 
 
