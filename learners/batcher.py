@@ -212,14 +212,17 @@ def _pack_row(share: Share, version: int) -> _Row:
 
 
 def _split_rows(rows: list[int], lengths: list[int], micro_batch_tokens: int) -> list[tuple[int, ...]]:
-    """Cut rows, longest first, into runs whose padded size fits."""
+    """Cut rows, longest first, into runs whose padded size fits; every second of them comes first.
+
+    So the first half of the micro-batches is as long as the second, and both are samples of one batch.
+    """
     runs: list[list[int]] = []
     for row in rows:
         if runs and (len(runs[-1]) + 1) * lengths[runs[-1][0]] <= micro_batch_tokens:
             runs[-1].append(row)
         else:
             runs.append([row])
-    return [tuple(run) for run in runs]
+    return [tuple(run) for run in runs[::2] + runs[1::2]]
 
 
 def _scored_lengths(entry: GroupEntry) -> list[int]:

@@ -57,7 +57,7 @@ def load_state(directory: str, model: PreTrainedModel, optimizer: torch.optim.Ad
     except CheckpointException as error:
         raise ValueError(
             f"the checkpoint {directory} does not fit this model ({_root_cause(error)}); "
-            "resume with the model.path that the run was started with"
+            "resume with the model.path and algorithm.kl that the run was started with"
         ) from error
     for moments in optimizer.state.values():
         moments["step"].copy_(state["steps_done"])

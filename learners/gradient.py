@@ -17,7 +17,7 @@ from learners.algorithms import Algorithm
 from learners.gradient_noise import GradientNoise
 from learners.losses import Tokens
 from learners.model import Policy
-from learners.policy_health import TokenFacts, gather, gather_facts, health, objective
+from learners.policy_health import TokenFacts, distance_to_reference, gather, gather_facts, health, objective
 from learners.reference import Reference
 from learners.stopwatch import Stopwatch
 from rl.metrics import Metrics, mean
@@ -50,7 +50,7 @@ class BatchGradient:
         """
         cutoff = self._prepared(shares, rank_tokens, version)
         noise = GradientNoise(list(self._policy.parameters()), len(shares))
-        facts, num_padded, num_packed = [], 0, 0
+        facts, sizes = [], torch.zeros(2, dtype=torch.float64, device=self._device)
         for index, mine in enumerate(shares):
             packed = self._pack(mine, version)
             with self._stopwatch.measure("forward"):
@@ -59,12 +59,14 @@ class BatchGradient:
                 loss.backward()
             noise.after(index, mine)
             facts.append(found)
-            num_padded += packed.ids_BL.numel()
-            num_packed += packed.num_real
+            sizes += torch.tensor([packed.num_real, packed.ids_BL.numel()], device=self._device)
         with self._stopwatch.measure("gather_metrics"):
             batch = gather_facts(facts, rank_tokens)
-        padding = {"learner/padding_fraction": mean(1 - num_packed / num_padded, num_padded)}
-        return batch, health(batch) | objective(batch) | noise.metrics() | padding
+            dist.all_reduce(sizes)  # guardrails judge metrics on every rank, and must find the same
+            num_real, num_padded = sizes.tolist()
+        padding = {"learner/padding_fraction": mean(1 - num_real / num_padded, num_padded)}
+        measured = health(batch) | objective(batch) | noise.metrics() | padding
+        return batch, measured | (distance_to_reference(batch) if self._reference else {})
 
     def _prepared(self, shares: Shares, rank_tokens: Sequence[int], version: int) -> float:
         """What the loss makes of the whole batch before any token's: one more forward pass, where it asks for it."""
@@ -108,6 +110,7 @@ class BatchGradient:
             clipped_N=losses.clipped_N.double(),
             masked_N=losses.masked_N.double(),
             loss_N=losses.loss_N.detach() * packed.weights_N,
+            reference_N=tokens.logprobs_N.detach() if tokens.reference_N is None else tokens.reference_N,
         )
         return (losses.loss_N * packed.weights_N).sum(), facts
 

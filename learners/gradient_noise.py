@@ -23,7 +23,7 @@ class GradientNoise:
 
     g_small is what the first half of the micro-batches left, scaled up by their share of the aggregation weights. One
     step's estimates scatter by more than their size, and the ratio is biased: average squared_signal and trace over
-    many steps before dividing. Micro-batches hold rows of like length, so the halves are no perfect random samples.
+    many steps before dividing. A replay of several ranks' step halves the batch elsewhere than they did.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], num_micro_batches: int) -> None:

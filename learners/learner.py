@@ -142,6 +142,7 @@ class Learner:
 
         groups are this rank's, by their index in the order. Raises ValueError where the first step's gate closes.
         """
+        self._optimizer.zero_grad(set_to_none=True)  # a step that raised has left its own
         mine = {index: group.rewards for index, group in groups.items()}
         rewards = batch_rewards([entry.scored for entry in order.entries], mine, self._device)
         advantages = self._algorithm.advantage(rewards)
@@ -299,8 +300,9 @@ class Learner:
         digests = torch.zeros(num_groups, 2, dtype=torch.int64, device=self._device)
         for index, group in groups.items():
             answers = [
-                (t.reward, t.completion.token_ids, t.completion.logprobs, t.completion.spans)
+                (t.reward, each.token_ids, each.logprobs, each.spans, each.finish_reason)
                 for t in group.trajectories
+                for each in (t.completion,)
             ]
             content = msgspec.msgpack.encode((group.prompt.token_ids, answers))
             digests[index] = torch.frombuffer(bytearray.fromhex(digest_of(content)), dtype=torch.int64)

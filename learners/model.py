@@ -33,8 +33,8 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel, head_dtype: HeadDtype = "bfloat16") -> None:
         """head_dtype float32 multiplies the compute dtype's hidden states and head weights in fp32.
 
-        Logits rounded to bf16 differ by up to a hundredth of a nat from one batch layout to the next, and between
-        engine and learner; ScaleRL, arXiv 2510.13786, found no larger single gain than an fp32 head on both sides.
+        A bf16 logit between 16 and 32 is rounded to the nearest eighth of a nat, on each side in its own way: ScaleRL,
+        arXiv 2510.13786, names an fp32 head on both sides as its largest single gain.
         """
         super().__init__()
         self.model = model

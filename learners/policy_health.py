@@ -30,7 +30,8 @@ LAG_BUCKETS = (  # name, first and last lag in versions
 class TokenFacts:
     """What is kept of each trained token, fp64 [N].
 
-    log π, log μ and entropy in nats; lag in versions; advantage; clipped and masked, 0 or 1; the weighted loss.
+    log π, log μ and entropy in nats; lag in versions; advantage; clipped and masked, 0 or 1; the weighted loss; the
+    reference's log-probability, or log π where there is none.
     """
 
     logprobs_N: Tensor
@@ -41,6 +42,7 @@ class TokenFacts:
     clipped_N: Tensor
     masked_N: Tensor
     loss_N: Tensor
+    reference_N: Tensor
 
     @property
     def log_ratios_N(self) -> Tensor:
@@ -107,8 +109,9 @@ def by_lag(facts: TokenFacts) -> Metrics:
         chosen_N = (facts.lags_N >= low) & (facts.lags_N <= high)
         count = int(chosen_N.sum())
         if count:
-            distances = _distance(facts, chosen_N) | {"token_fraction": count / len(chosen_N)}
+            distances = _distance(facts, chosen_N)
             found |= {f"policy/by_lag/{name}/{what}": mean(value, count) for what, value in distances.items()}
+            found[f"policy/by_lag/{name}/token_fraction"] = mean(count / len(chosen_N), len(chosen_N))
     return found
 
 
@@ -126,6 +129,13 @@ def _distance(facts: TokenFacts, chosen_N: Tensor | slice) -> dict[str, Tensor |
         "clip_fraction": facts.clipped_N[chosen_N].mean(),
         "mask_fraction": facts.masked_N[chosen_N].mean(),
     }
+
+
+def distance_to_reference(facts: TokenFacts) -> Metrics:
+    """k3, an estimate of KL(π || reference) on the batch's tokens, which is that on π's own where μ = π."""
+    log_ratio_N = facts.reference_N - facts.logprobs_N
+    distance = (log_ratio_N.exp() - 1 - log_ratio_N).mean()
+    return {"policy/kl_to_reference/nats": mean(distance, len(log_ratio_N))}
 
 
 def objective(facts: TokenFacts) -> Metrics:

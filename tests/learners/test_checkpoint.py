@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from learners import checkpoint
 from learners.background_save import BackgroundSave
+from rl.algorithm_config import AlgorithmSection
 from tests.learners.tiny import (
     make_learner,
     order_of,
@@ -26,9 +28,11 @@ from tests.learners.tiny import (
     save_tiny_llama,
     settings_for,
     weights_of,
+    whole,
 )
 
 GROUPS = [random_group(index) for index in range(4)]
+PULLED = AlgorithmSection.model_validate({"kl": {"coefficient": 0.1, "reference": "ema", "ema_decay": 0.9}})
 
 
 @pytest.fixture
@@ -48,14 +52,24 @@ def save(learner, folder, export=False):
     learner.finish_save()
 
 
+def pulled_learner(model_dir, folder, rank=0, world_size=1):
+    """A learner with a moving reference, which a checkpoint must hold too."""
+    settings = msgspec.structs.replace(settings_for(model_dir, folder, warmup_steps=4), algorithm=PULLED)
+    return make_learner(settings, GROUPS, rank, world_size)
+
+
+def both_weights(learner):
+    return weights_of(learner), whole(learner._extra_state["reference"])
+
+
 def go_on_with_two(rank, world_size, model_dir, folder):
     """From a checkpoint of step 2: a third step, a checkpoint, a fourth; runs in a process of its own."""
-    learner = make_learner(settings_for(model_dir, pathlib.Path(folder), warmup_steps=4), GROUPS, rank, world_size)
+    learner = pulled_learner(model_dir, pathlib.Path(folder), rank, world_size)
     learner.load(f"{folder}/step_2/state")
     learner.step(order_of(GROUPS, step=3))
     learner.begin_save(f"{folder}/step_3", export=True)
     learner.step(order_of(GROUPS, step=4))  # its collectives and those of the writing thread run side by side
-    weights = weights_of(learner)
+    weights = both_weights(learner)
     learner.finish_save()
     if rank == 0:
         torch.save(weights, f"{folder}/step_4.pt")
@@ -64,23 +78,23 @@ def go_on_with_two(rank, world_size, model_dir, folder):
 
 def test_training_moves_from_one_rank_to_two_and_back_as_if_nothing_had_happened(model_of_two_layers, tmp_path):
     folder = tmp_path / "shared"
-    learner = make_learner(settings_for(model_of_two_layers, tmp_path / "one", warmup_steps=4), GROUPS)
+    learner = pulled_learner(model_of_two_layers, tmp_path / "one")
     try:
         expected = {}
         for step in (1, 2, 3, 4):
             learner.step(order_of(GROUPS, step=step))
-            expected[step] = weights_of(learner)
+            expected[step] = both_weights(learner)
             if step == 2:
                 save(learner, folder / "step_2")
         run_ranks(go_on_with_two, 2, model_of_two_layers, str(folder))
         torch.testing.assert_close(torch.load(folder / "step_4.pt"), expected[4], rtol=1e-9, atol=1e-12)
         learner.load(str(folder / "step_3" / "state"))
-        torch.testing.assert_close(weights_of(learner), expected[3], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(both_weights(learner), expected[3], rtol=1e-9, atol=1e-12)
         exported = AutoModelForCausalLM.from_pretrained(folder / "step_3" / "export", dtype=torch.float64)
         for name, weight in weights_of(learner).items():
             assert torch.equal(exported.get_parameter(name), weight), name
         learner.step(order_of(GROUPS, step=4))
-        torch.testing.assert_close(weights_of(learner), expected[4], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(both_weights(learner), expected[4], rtol=1e-9, atol=1e-12)
     finally:
         learner.close()
 

@@ -42,3 +42,28 @@ def test_a_model_whose_logits_are_not_the_heads_alone_is_refused(tmp_path, proce
     config.write_text(json.dumps(json.loads(config.read_text()) | {"final_logit_softcapping": 30.0}))
     with pytest.raises(ValueError, match="soft-cap is not supported"):
         load_policy(model_dir, "cpu", torch.float32, torch.float32)
+
+
+def test_an_fp32_head_multiplies_the_same_bf16_numbers_and_rounds_no_logit(tmp_path, process_group):
+    model_dir, ids = save_tiny_llama(tmp_path), (3, 9, 27, 4, 12)
+    scores = {
+        head: score_sequence(load_policy(model_dir, "cpu", torch.float32, torch.bfloat16, head), ids)
+        for head in ("bfloat16", "float32")
+    }
+    plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    with torch.no_grad():
+        hidden_LH = plain.model(torch.tensor([ids])).last_hidden_state[0, :-1]
+        logits_LV = hidden_LH.double() @ plain.lm_head.weight.double().T
+    expected = logits_LV.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    assert scores["float32"] == pytest.approx(expected, abs=1e-4)
+    assert scores["bfloat16"] != pytest.approx(expected, abs=1e-4)
+
+
+def test_gradients_come_back_through_an_fp32_head_to_fp32_masters(tmp_path, process_group):
+    policy = load_policy(save_tiny_llama(tmp_path), "cpu", torch.float32, torch.bfloat16, "float32")
+    order = torch.arange(3)
+    mask = (order[:, None] >= order[None])[None, None]
+    logprobs, entropy = policy(torch.tensor([[3, 9, 4]]), order[None], mask, order, torch.tensor([9, 4, 7]), 1.0, True)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    (logprobs.sum() + entropy.sum()).backward()
+    assert all(each.grad.dtype == torch.float32 and each.grad.full_tensor().norm() > 0 for each in policy.parameters())
