@@ -24,7 +24,8 @@ import numpy as np
 from tests.study.intervals import mean_interval, ratio_interval, rounded
 from tests.study.teaching import reach_interval, reached_at
 
-STEPS, EVERY_STEPS = 24, 4
+STEPS = {"uniform": 24, "curriculum": 48}  # the curriculum's steps cost half the tokens or less
+EVERY_STEPS = 4
 ARMS = {"uniform": "uniform", "curriculum": "band"}
 GRID = 41
 
@@ -78,8 +79,10 @@ def _seed(directory: Path) -> int:
 def summarise(uniform: Sequence[RunCurve], curriculum: Sequence[RunCurve]) -> dict[str, Any]:
     """Both arms, and how many of uniform's tokens the curriculum needs for uniform's final accuracy.
 
-    Runs are paired by seed. tokens_to_uniform takes each pair by itself; of_mean_curves, which is less noisy, takes the
-    tokens at which the mean curve of the one reaches and keeps the last point of the other's.
+    Runs are paired by seed. tokens_to_uniform takes each pair by itself; of_mean_curves takes the tokens at which the
+    curriculum's mean curve reaches and keeps uniform's mean final accuracy, as a share of uniform's mean tokens. A run
+    that ended before it got there says no more than that: ended_at is its end, as a share of uniform's tokens. Equal
+    tokens are the fewer of a pair's two ends.
     """
     pairs = {run.seed: run for run in curriculum}
     if sorted(pairs) != sorted(run.seed for run in uniform):
@@ -89,18 +92,21 @@ def summarise(uniform: Sequence[RunCurve], curriculum: Sequence[RunCurve]) -> di
     shares = [reached_at(other.tokens, other.accuracy, run.accuracy[-1]) / run.tokens[-1] for run, other in matched]
     fractions = [[run.useful_fraction for run in side] for side in zip(*matched, strict=True)]
     arms = {"uniform": _arm([run for run, _ in matched]), "curriculum": _arm([other for _, other in matched])}
-    same = [float(np.interp(run.tokens[-1], other.tokens, other.accuracy)) for run, other in matched]
+    ends = [min(run.tokens[-1], other.tokens[-1]) for run, other in matched]
+    equal = [
+        [_accuracy_at(run, end) for run, end in zip(side, ends, strict=True)] for side in zip(*matched, strict=True)
+    ]
     return {
         "seeds": [run.seed for run, _ in matched],
         "arms": arms,
         "tokens_to_uniform": {**reach_interval(shares), "each": shares},
+        "ended_at": [other.tokens[-1] / run.tokens[-1] for run, other in matched],
         "of_mean_curves": _of_mean_curves(arms),
+        "equal_tokens": mean_interval(ends),
         "accuracy_at_equal_tokens": {
-            "uniform": mean_interval([run.accuracy[-1] for run, _ in matched]),
-            "curriculum": mean_interval(same),
-            "difference": mean_interval(
-                [value - run.accuracy[-1] for value, (run, _) in zip(same, matched, strict=True)]
-            ),
+            "uniform": mean_interval(equal[0]),
+            "curriculum": mean_interval(equal[1]),
+            "difference": mean_interval([high - low for low, high in zip(*equal, strict=True)]),
         },
         "useful_over_uniform": ratio_interval(fractions[1], fractions[0]),
     }
@@ -120,11 +126,14 @@ def _arm(runs: Sequence[RunCurve]) -> dict[str, Any]:
     }
 
 
+def _accuracy_at(run: RunCurve, tokens: float) -> float:
+    return float(np.interp(tokens, run.tokens, run.accuracy))
+
+
 def _of_mean_curves(arms: dict[str, Any]) -> float:
     uniform, other = arms["uniform"], arms["curriculum"]
     curve = np.array([point[0] for point in other["curve"]])
-    target = uniform["curve"][-1][0]
-    return reached_at(other["grid_tokens"], curve, target) / float(uniform["grid_tokens"][-1])
+    return reached_at(other["grid_tokens"], curve, uniform["final_accuracy"][0]) / uniform["sampled_tokens"][0]
 
 
 def command(arm: str, seed: int, folder: Path) -> list[str]:
@@ -133,10 +142,10 @@ def command(arm: str, seed: int, folder: Path) -> list[str]:
         "curriculum.name": ARMS[arm],
         "run.seed": seed,
         "run.name": f"{arm}{seed}",
-        "run.steps": STEPS,
+        "run.steps": STEPS[arm],
         "run.dir": folder,
         "evaluation.every_steps": EVERY_STEPS,
-        "checkpoint.every_steps": 10 * STEPS,
+        "checkpoint.every_steps": 1000,  # only at the end
         "checkpoint.keep": 1,
     }
     settings = [f"{name}={value}" for name, value in overrides.items()]

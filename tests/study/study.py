@@ -27,12 +27,15 @@ RESULTS = DOCS / "study"
 DRAWINGS = {"lag": figures.draw_lag, "curriculum": figures.draw_teaching, "real_model": figures.draw_real_model}
 
 
-def laboratory() -> None:
-    """Both studies in the laboratory, on all cores."""
+STUDIES = {"curriculum": study_teaching, "lag": study_lag}
+
+
+def laboratory(names: Sequence[str]) -> None:
+    """These studies in the laboratory, on all cores."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(os.cpu_count(), initializer=_one_thread) as pool:
-        for name, study in (("curriculum", study_teaching), ("lag", study_lag)):
-            write(name, study(lambda function, cells: pool.map(function, cells, chunksize=1)))
+        for name in names:
+            write(name, STUDIES[name](lambda function, cells: pool.map(function, cells, chunksize=1)))
             print(f"{RESULTS / name}.json", flush=True)
 
 
@@ -71,6 +74,7 @@ def draw_and_write_page() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=STUDIES, nargs="+", default=list(STUDIES), help="of the laboratory's parts")
     parser.add_argument("--page", action="store_true", help="measure nothing")
     parser.add_argument("--real", action="store_true", help="train SmolLM2, with each arm and seed")
     for arm in real_model.ARMS:
@@ -78,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     out = str(RESULTS / "real_model.json")
     if not given.page:
-        laboratory()
+        laboratory(given.only)
     if given.real:
         real_model.main(["run", "--out", out])
     elif given.uniform:

@@ -5,7 +5,7 @@ others. A seed's useful fraction is tokens of trained groups / tokens sampled, o
 rewards differ, so that its advantages are not 0.
 
 settings, all through the gate at the default max_lag:
-default run           PACE, 24 steps: what SmolLM2 does in tests/study/real_model.py
+short run             PACE, 24 steps: what SmolLM2 does in tests/study/real_model.py
 four times as long    PACE, 96 steps: the first rungs are mastered, the next ones open
 fast                  5 times PACE, 40 steps: hardly anything stays hopeless for long
 nothing in common     PACE, 24 steps, each level has skills of its own: no ladder
@@ -27,7 +27,7 @@ from tests.study.lag import ENGINE_NOISE, PACE
 
 SEEDS = range(16)
 SETTINGS: dict[str, dict[str, Any]] = {
-    "default run": {"lr": PACE, "steps": 24, "linked": True},
+    "short run": {"lr": PACE, "steps": 24, "linked": True},
     "four times as long": {"lr": PACE, "steps": 96, "linked": True},
     "fast": {"lr": 5 * PACE, "steps": 40, "linked": True},
     "nothing in common": {"lr": PACE, "steps": 24, "linked": False},

@@ -96,10 +96,20 @@ class TestTheRealModel:
         main(["summarise", "--uniform", runs[0], "--curriculum", runs[1]])
         assert json.loads(capsys.readouterr().out)["seeds"] == [3]
 
-    def test_the_arms_differ_in_the_curriculum_alone(self, tmp_path):
+    def test_a_run_that_ended_too_early_is_compared_only_as_far_as_it_went(self, tmp_path):
+        uniform = read_run(write_run(tmp_path, "uniform", 0, [0.1, 0.2, 0.3]))
+        short = read_run(write_run(tmp_path, "short", 0, [0.1, 0.25]))
+        found = summarise([uniform], [short])
+        assert found["tokens_to_uniform"]["reached"] == 0
+        assert found["of_mean_curves"] == math.inf
+        assert found["ended_at"] == pytest.approx([0.5])
+        assert found["equal_tokens"][0] == 200
+        assert found["accuracy_at_equal_tokens"]["difference"][0] == pytest.approx(0.05)
+
+    def test_the_arms_differ_in_the_curriculum_and_in_steps(self, tmp_path):
         one, other = (command(arm, 1, tmp_path) for arm in ("uniform", "curriculum"))
         differing = {a.partition("=")[0] for a, b in zip(one, other, strict=True) if a != b}
-        assert differing == {"curriculum.name", "run.name"}
+        assert differing == {"curriculum.name", "run.name", "run.steps"}
 
 
 def test_every_arm_of_the_lag_study_is_a_valid_algorithm():
