@@ -71,6 +71,10 @@ def save_rank_gradients(rank, world_size, model_dir, folder):
         learner.policy.zero_grad()
         if rank == 0:
             torch.save(found, f"{folder}/{case}.pt")
+    metrics = learner.step(order_of(GROUPS)).metrics
+    if rank == 0:
+        torch.save([metrics["learner/loss"].value, metrics["learner/loss_abs"].value], f"{folder}/loss.pt")
+        assert metrics["learner/ranks"].value == world_size
     learner.close()
 
 
@@ -85,15 +89,6 @@ def assert_same(found, expected, relative=1e-9):
 def test_the_gradient_is_the_same_for_any_micro_batching(learner_on, budget):
     expected = batch_gradients(learner_on(), budget=1000)
     assert_same(batch_gradients(learner_on(), budget=budget), expected)
-
-
-def test_the_gradient_is_the_same_for_two_ranks_even_if_one_has_nothing_to_do(
-    learner_on, model_of_two_layers, tmp_path
-):
-    run_ranks(save_rank_gradients, 2, model_of_two_layers, str(tmp_path / "two"))
-    for case, (count, _) in CASES.items():
-        expected = batch_gradients(learner_on(), GROUPS[:count], budget=1000)
-        assert_same(torch.load(tmp_path / "two" / f"{case}.pt"), expected)
 
 
 def literal_loss(model_dir, groups):
@@ -113,25 +108,19 @@ def literal_loss(model_dir, groups):
     return sum(losses) / len(losses), sum(map(abs, losses)) / len(losses)
 
 
-def save_rank_loss(rank, world_size, model_dir, folder):
-    """Runs in a process of its own."""
-    learner = make_learner(settings_for(model_dir, pathlib.Path(folder)), GROUPS, rank, world_size)
-    metrics = learner.step(order_of(GROUPS)).metrics
-    if rank == 0:
-        torch.save([metrics["learner/loss"].value, metrics["learner/loss_abs"].value], f"{folder}/loss.pt")
-        assert metrics["learner/ranks"].value == world_size
-    learner.close()
-
-
-def test_the_recorded_loss_is_the_one_that_is_written_for_any_split(learner_on, model_of_two_layers, tmp_path):
-    expected = pytest.approx(literal_loss(model_of_two_layers, GROUPS), rel=1e-6)  # Llama's norms compute in fp32
-    found = []
+def test_two_ranks_have_the_gradient_and_the_loss_of_one_even_if_one_has_nothing_to_do(
+    learner_on, model_of_two_layers, tmp_path
+):
+    run_ranks(save_rank_gradients, 2, model_of_two_layers, str(tmp_path / "two"))
+    for case, (count, _) in CASES.items():
+        expected = batch_gradients(learner_on(), GROUPS[:count], budget=1000)
+        assert_same(torch.load(tmp_path / "two" / f"{case}.pt"), expected)
+    found = [torch.load(tmp_path / "two" / "loss.pt")]
     for budget in (60, 1000):
         metrics = learner_on(micro_batch_tokens=budget).step(order_of(GROUPS)).metrics
         found.append([metrics["learner/loss"].value, metrics["learner/loss_abs"].value])
-    run_ranks(save_rank_loss, 2, model_of_two_layers, str(tmp_path / "two"))
-    found.append(torch.load(tmp_path / "two" / "loss.pt"))
-    assert tuple(found[0]) == expected
+    # Llama's norms compute in fp32
+    assert tuple(found[0]) == pytest.approx(literal_loss(model_of_two_layers, GROUPS), rel=1e-6)
     for loss, scale in found[1:]:
         assert abs(loss - found[0][0]) <= 1e-9 * scale and abs(scale - found[0][1]) <= 1e-9 * scale
 
