@@ -17,6 +17,7 @@ from rl.staleness import Gate
 
 STEP_ACTIONS = frozenset({"skip_step", "lower_step"})  # the learner's
 RUN_ACTIONS = frozenset({"tighten_gate", "stop"})  # the driver's
+OF_THE_MOVE = frozenset({"learner/lr", "learner/ranks", "learner/skipped_step"})  # known only once the step is made
 SPORADIC = ("/by_lag/", "/gradient_noise/")  # what a step does not report where it has nothing to tell
 
 
@@ -119,12 +120,12 @@ def check_names(rules: Mapping[str, Guardrail], metrics: Metrics, of_learner: Me
     A rule about the step in hand must watch a metric of the learner, which knows no other.
     """
     for name, rule in rules.items():
-        known = of_learner if rule.action in STEP_ACTIONS else metrics
+        known = of_learner.keys() - OF_THE_MOVE if rule.action in STEP_ACTIONS else metrics.keys()
         if rule.metric in known or any(part in rule.metric for part in SPORADIC):
             continue
         near = difflib.get_close_matches(rule.metric, known, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "metrics.jsonl has the names"
-        of = "the learner's metrics" if known is of_learner else "the step's metrics"
+        of = "what the learner knows before its step" if rule.action in STEP_ACTIONS else "the step's metrics"
         raise ValueError(f"staleness.guardrails.{name}.metric {rule.metric!r} is not among {of}; {hint}")
 
 

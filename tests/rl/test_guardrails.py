@@ -95,8 +95,10 @@ def test_a_rule_with_two_bounds_or_none_is_refused():
 def test_a_rule_that_watches_what_nobody_reports_is_refused_with_the_nearest_names():
     with pytest.raises(ValueError, match="did you mean policy/effective_sample_fraction"):
         check_names({"ess": rule("stop", metric="policy/effective_sample_size")}, seen(1.0), {})
-    with pytest.raises(ValueError, match="among the learner's metrics"):
+    with pytest.raises(ValueError, match="among what the learner knows before its step"):
         check_names({"ess": rule("skip_step")}, seen(1.0), {})
+    with pytest.raises(ValueError, match="among what the learner knows before its step"):
+        check_names({"lr": rule("skip_step", metric="learner/lr")}, {}, {"learner/lr": mean(1.0)})
     check_names({"old": rule("stop", metric="policy/by_lag/9-16/effective_sample_fraction")}, seen(1.0), {})
 
 
