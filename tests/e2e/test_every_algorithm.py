@@ -9,7 +9,8 @@ from rl.algorithm_config import PRESETS
 PARTS = (
     "algorithm.name=decoupled algorithm.loss.anchor=log_linear algorithm.advantage=reinforce_pp_baseline",
     "algorithm.name=tis algorithm.loss.level=sequence",
-    "algorithm.name=grpo algorithm.loss.dual_clip=3 algorithm.mask.level=geometric algorithm.mask_truncated=true",
+    "algorithm.name=grpo algorithm.loss.dual_clip=3 algorithm.mask.level=geometric",
+    "algorithm.mask_truncated=true rollout.max_tokens=32",  # of 16 tokens, all answers of a step may be cut
     "algorithm.kl.coefficient=0.01 algorithm.kl.estimator=k1 algorithm.kl.reference=ema",
     "algorithm.kl.coefficient=0.01 algorithm.kl.estimator=k2 algorithm.entropy_coefficient=0.01",
     "algorithm.kl.coefficient=0.01 algorithm.kl.estimator=k3 model.head_dtype=float32",
