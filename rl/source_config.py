@@ -37,7 +37,18 @@ class ReasoningGymSource(Section):
     instruction: str = Field(default="", description="text appended to every question")
 
 
-class JsonlSource(Section):
+class RowsSource(Section):
+    """What rows of a finite source are read by."""
+
+    prompt_column: str = Field(default="prompt", description="a string, or a list of {role, content}")
+    reference_column: str | None = Field(default="answer", description="the reference answer; null where there is none")
+    level_column: str | None = Field(default=None, description="the difficulty bucket; null puts all in one")
+    difficulty: Difficulty | None = Field(default=None, description="pass rates that rl screen wrote; null: none")
+    weight: float = Field(default=1.0, gt=0, description="share of this source among all sources")
+    instruction: str = Field(default="", description="text appended to every question")
+
+
+class JsonlSource(RowsSource):
     """Prompts from a file with one JSON object per line."""
 
     kind: Literal["jsonl"]
@@ -45,15 +56,9 @@ class JsonlSource(Section):
     held_out_path: str | None = Field(
         default=None, description="the file to evaluate on; none: the source is not evaluated"
     )
-    prompt_column: str = Field(default="prompt", description="a string, or a list of {role, content}")
-    reference_column: str | None = Field(default="answer", description="the reference answer; null where there is none")
-    level_column: str | None = Field(default=None, description="the difficulty bucket; null puts all in one")
-    difficulty: Difficulty | None = Field(default=None, description="pass rates that rl screen wrote; null: none")
-    weight: float = Field(default=1.0, gt=0, description="share of this source among all sources")
-    instruction: str = Field(default="", description="text appended to every question")
 
 
-class HubSource(Section):
+class HubSource(RowsSource):
     """Prompts from a Hugging Face dataset."""
 
     kind: Literal["hub"]
@@ -61,12 +66,6 @@ class HubSource(Section):
     subset: str | None = Field(default=None, description="the dataset's configuration name")
     split: str = Field(default="train", description="the split to train on")
     held_out_split: str | None = Field(default=None, description="the split to evaluate on")
-    prompt_column: str = Field(default="prompt", description="a string, or a list of {role, content}")
-    reference_column: str | None = Field(default="answer", description="the reference answer; null where there is none")
-    level_column: str | None = Field(default=None, description="the difficulty bucket; null puts all in one")
-    difficulty: Difficulty | None = Field(default=None, description="pass rates that rl screen wrote; null: none")
-    weight: float = Field(default=1.0, gt=0, description="share of this source among all sources")
-    instruction: str = Field(default="", description="text appended to every question")
 
 
 Source = Annotated[ReasoningGymSource | JsonlSource | HubSource, Field(discriminator="kind")]
