@@ -16,7 +16,6 @@ from learners.optimizer import NonFiniteGradient
 from rl.algorithm_config import AlgorithmSection
 from rl.config import Guardrail
 from tests.learners.tiny import (
-    make_learner,
     order_of,
     random_group,
     save_tiny_llama,
@@ -51,22 +50,17 @@ def model_of_two_layers(tmp_path_factory):
 
 
 @pytest.fixture
-def learner_with(model_of_two_layers, tmp_path):
-    """Makes learners with such guardrails, one after another, and closes them."""
-    made = []
+def learner_with(model_of_two_layers, tmp_path, only_learner):
+    """Makes learners with such guardrails, one after another."""
 
     def make(rules, groups=GROUPS, algorithm=None, **options):
-        while made:
-            made.pop().close()
         settings = guarded(model_of_two_layers, tmp_path / "ranks", rules, **options)
         if algorithm is not None:
             settings = msgspec.structs.replace(settings, algorithm=AlgorithmSection.model_validate(algorithm))
-        made.append(make_learner(settings, groups))
-        return made[-1]
 
-    yield make
-    while made:
-        made.pop().close()
+        return only_learner(settings, groups)
+
+    return make
 
 
 def moments_of(learner):

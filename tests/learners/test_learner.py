@@ -36,20 +36,14 @@ def model_of_two_layers(tmp_path):
 
 
 @pytest.fixture
-def learner_on(model_of_two_layers, tmp_path):
-    """Makes learners, one after another, and closes them."""
-    made = []
+def learner_on(model_of_two_layers, tmp_path, only_learner):
+    """Makes learners, one after another."""
 
     def make(groups=GROUPS, dtype=torch.float64, algorithm="cispo", **options):
-        while made:
-            made.pop().close()
         settings = settings_for(model_of_two_layers, tmp_path / "ranks", algorithm, **options)
-        made.append(make_learner(settings, groups, dtype=dtype))
-        return made[-1]
+        return only_learner(settings, groups, dtype)
 
-    yield make
-    while made:
-        made.pop().close()
+    return make
 
 
 def batch_gradients(learner, groups=GROUPS, rank=0, world_size=1, budget=256):

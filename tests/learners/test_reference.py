@@ -13,7 +13,6 @@ from learners import batcher
 from learners.reference import Reference
 from rl.algorithm_config import AlgorithmSection, ReferenceKl
 from tests.learners.tiny import (
-    make_learner,
     order_of,
     random_group,
     save_tiny_llama,
@@ -39,20 +38,14 @@ def model_of_two_layers(tmp_path_factory):
 
 
 @pytest.fixture
-def learner_with(model_of_two_layers, tmp_path):
-    """Makes a learner with such a pull; the test's last one is closed."""
-    made = []
+def learner_with(model_of_two_layers, tmp_path, only_learner):
+    """Makes learners with such a pull, one after another."""
 
     def make(kl, groups=GROUPS, **options):
-        while made:
-            made.pop().close()
         settings = settings_with(kl, model_of_two_layers, tmp_path / "ranks", **options)
-        made.append(make_learner(settings, groups))
-        return made[-1]
+        return only_learner(settings, groups)
 
-    yield make
-    while made:
-        made.pop().close()
+    return make
 
 
 def reference_weights(learner):
