@@ -36,7 +36,10 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt to be answered `count` times. seed decides all samples; temperature 0 is greedy and needs count 1."""
+    """One prompt to be answered `count` times. seed decides all samples; temperature 0 is greedy and needs count 1.
+
+    Of requests that wait, an engine starts those of the lowest priority number first, and of equals the oldest.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -44,6 +47,7 @@ class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int
     temperature: float
     seed: int
+    priority: int = 0
 
 
 class LoadReceipt(msgspec.Struct, frozen=True, kw_only=True):

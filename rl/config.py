@@ -88,6 +88,12 @@ class RolloutSection(Section):
     long_tail: Literal["continue", "drop"] = Field(
         default="continue", description="a group too old to be trained by now: finish it, or drop it where it stands"
     )
+    order: Literal["arrival", "longest_first"] = Field(
+        default="arrival", description="what an engine starts first of what waits: longest_first by believed length"
+    )
+    zero_advantage: Literal["drop", "keep"] = Field(
+        default="drop", description="a group of equal rewards: leave it out, or let it count in its batch"
+    )
 
 
 class Guardrail(Section):
@@ -125,6 +131,14 @@ class LearnerSection(Section):
     ranks: int = Field(default=1, ge=1, description="FSDP2 processes")
     groups_per_step: int = Field(default=8, ge=1, description="groups in one optimizer step")
     micro_batch_tokens: int = Field(default=2048, ge=16, description="padded tokens of one forward pass, per rank")
+    packing: Literal["shared_prefix", "per_answer"] = Field(
+        default="shared_prefix",
+        description="a group's prompt computed once, or with every answer, for models that cannot take the mask",
+    )
+    checkpoint_activations: bool = Field(
+        default=False, description="compute a block's activations again in backward: less memory, a third more work"
+    )
+    compile: bool = Field(default=False, description="torch.compile each block; pays on CUDA")
     lr: float = Field(default=1e-5, ge=0, description="AdamW learning rate after warm-up")
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW moment decays")
@@ -169,6 +183,10 @@ class WeightsSection(Section):
     """How a new policy version reaches the generators."""
 
     backend: Literal["auto", "shared_memory", "nccl"] = Field(default="auto", description="auto: nccl on cuda")
+    transport: Literal["auto", "dense", "delta"] = Field(
+        default="auto", description="all weights, or those whose bits changed; auto takes the smaller"
+    )
+    every_steps: int = Field(default=1, ge=1, description="optimizer steps between deliveries; lag counts all steps")
     max_canary_gap: float = Field(
         default=0.25, gt=0, description="largest mean |gap| on the canary after an update, nats"
     )

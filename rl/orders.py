@@ -10,12 +10,16 @@ from rl.trajectory import GroupEntry, Prompt, RewardPart
 
 
 class Draw(msgspec.Struct, frozen=True, kw_only=True):
-    """One permitted draw: sample a group for this prompt. seed decides the sampling, whichever engine does it."""
+    """One permitted draw: sample a group for this prompt. seed decides the sampling, whichever engine does it.
+
+    expected_tokens is how long all its answers together are believed to be (rl/lengths.py); 0 where nobody knows.
+    """
 
     group_id: str
     draw: int
     prompt: Prompt
     seed: int
+    expected_tokens: float = 0.0
 
 
 class Graded(msgspec.Struct, frozen=True, kw_only=True):

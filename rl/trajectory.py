@@ -198,7 +198,8 @@ class GroupReport(msgspec.Struct, frozen=True, kw_only=True):
 
     The driver never sees token payloads. seconds maps an activity (sample, judge, publish) to its wall time.
     completion_tokens counts what was sampled, also of answers that were cut off. first_answers is how many answers
-    were sampled before it was known whether there would be more; None where all were sampled at once.
+    were sampled before it was known whether there would be more; None where all were sampled at once. ledger is how the
+    generator spent its wall time since its report before, in seconds by activity.
     """
 
     group_id: str
@@ -216,6 +217,7 @@ class GroupReport(msgspec.Struct, frozen=True, kw_only=True):
     seconds: dict[str, float]
     generator: int
     first_answers: int | None = None
+    ledger: dict[str, float] = {}
 
     @property
     def num_tokens(self) -> int:
