@@ -23,7 +23,7 @@ lint: venv
 	@.venv/bin/pyright
 
 bench: venv
-	@for benchmark in tests/benchmarks/bench_*.py; do $(PYTHON) $$benchmark; done
+	@for benchmark in tests/benchmarks/bench_*.py; do echo "$$benchmark"; $(PYTHON) $$benchmark $(ARGS); done
 
 chaos: venv
 	@$(PYTHON) -m pytest tests/chaos -s -m chaos $(ARGS)

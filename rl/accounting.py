@@ -6,17 +6,22 @@ the gate has running.
 
 A token is useful if it was trained with an advantage other than 0. Every other sampled token was dropped, is not
 trained yet, or belongs to an answer exactly as good as its group.
+
+Time is accounted for alike: the seconds of a role by activity sum to its wall time. A rank that is not busy waits for
+groups (idle), or for the driver, which leases, archives and writes down (lease).
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from rl.buffer import BufferStats
 from rl.metrics import Metrics, highest, last, lowest, mean, merge, total
 from rl.orders import StepReport
+from rl.time_ledger import IDLE, added
 from rl.trajectory import DropReason, Group, GroupReport, RewardPart
 
 JUDGEMENTS_WATCHED = 256
@@ -84,6 +89,7 @@ class StepAccount:
         self._batch: Metrics = {}
         self._useful: dict[int, float] = {}  # step -> tokens
         self._reports: list[GroupReport] = []
+        self._waited = 0.0
         self._opened = time.monotonic()
 
     def add(self, report: GroupReport) -> None:
@@ -101,6 +107,15 @@ class StepAccount:
             "batch/answers/truncated_masked": total(masked),
         }
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as the learner waiting for groups."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited += time.monotonic() - start
+
     def take_up(self, useful: Mapping[int, float]) -> None:
         """Go on from the useful tokens of the steps that an earlier process made and kept."""
         self._useful = dict(useful)
@@ -110,18 +125,26 @@ class StepAccount:
         wall = time.monotonic() - self._opened
         reports, self._reports, self._opened = self._reports, [], time.monotonic()
         sampled = merge(_of_report(report) for report in reports)
-        busy = sum(step.seconds.values())
+        learner = self._learner_seconds(step, wall)
         speed: Metrics = {
             "time/step/s": last(wall),
             "speed/sampled/tokens_per_s": last(sum(report.num_tokens for report in reports) / wall),
             "speed/trained/tokens_per_s": last(step.num_tokens / wall),
-            "learner/idle_fraction": last(max(0.0, 1.0 - busy / wall)),
+            "learner/idle_fraction": last(learner[IDLE] / wall),
             "cost/accelerator_s_per_million_trained_tokens": last(self._devices * wall * 1e6 / max(1, step.num_tokens)),
-            **{f"learner/seconds/{activity}": last(seconds) for activity, seconds in step.seconds.items()},
+            **{f"learner/seconds/{activity}": last(seconds) for activity, seconds in learner.items()},
+            **_of_generators(reports),
         }
         useful = self._count_useful(step, counts.sampled_tokens, sum(report.num_tokens for report in reports))
         batch, self._batch = self._batch, {}
         return merge([step.metrics, sampled, speed, sampling, batch, useful, _of_counts(counts)])
+
+    def _learner_seconds(self, step: StepReport, wall: float) -> dict[str, float]:
+        """Where a rank's time since the last step went. What ranks do beside the driver may overlap with a wait."""
+        busy = sum(step.seconds.values())
+        waited, self._waited = self._waited, 0.0
+        idle = max(0.0, min(waited, wall - busy))
+        return {**step.seconds, IDLE: idle, "lease": max(0.0, wall - busy - idle)}
 
     def _count_useful(self, step: StepReport, sampled: int, sampled_since: int) -> Metrics:
         """The useful share of what was sampled in the whole run, and between this step and the one before.
@@ -138,6 +161,26 @@ class StepAccount:
         if sampled_since:
             metrics["flow/useful_token_fraction/step"] = last(useful / sampled_since)
         return metrics
+
+
+def _of_generators(reports: Iterable[GroupReport]) -> Metrics:
+    """The generators' time by activity, and how full their engines were: what rl/planner_costs.py fits an engine to.
+
+    A group that was sampled at once holds its sequences for as many engine steps as its longest answer has tokens; so
+    its seconds tell how long a step took, and all groups together how many sequences were in flight on average.
+    """
+    seconds = added([report.ledger for report in reports])
+    metrics: Metrics = {f"generator/seconds/{activity}": last(each) for activity, each in seconds.items()}
+    in_flight = 0.0
+    for report in reports:
+        longest = max(report.completion_tokens, default=0)
+        if report.first_answers is None and report.dropped not in CUT_OFF and longest:
+            step_s = report.seconds.get("sample", 0.0) / longest
+            in_flight += step_s * report.num_tokens
+            metrics = merge([metrics, {"generator/engine_step/s": mean(step_s, longest)}])
+    if in_flight and seconds.get("sample"):
+        metrics["generator/sequences/mean"] = last(in_flight / seconds["sample"])
+    return metrics
 
 
 def _of_report(report: GroupReport) -> Metrics:

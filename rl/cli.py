@@ -37,9 +37,9 @@ def _refuse(error: Exception, console: Console, directory: RunDirectory) -> type
 
 
 def new_run_id(name: str) -> str:
-    """A run's id: its name, the moment, and four random digits against two runs of one second."""
+    """A run's id: its name, the moment, and eight random digits against two runs of one second."""
     moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{name}-{moment}-{secrets.token_hex(2)}"
+    return f"{name}-{moment}-{secrets.token_hex(4)}"
 
 
 def _name_of(config: str) -> str:

@@ -200,7 +200,8 @@ class Run:
         batch = self._crew.spawn(self._next_batch(), "waiting for a batch")
         stop = asyncio.ensure_future(self.stop_requested.wait())
         try:
-            await asyncio.wait({batch, stop}, return_when=asyncio.FIRST_COMPLETED)
+            with self.parts.account.waiting():
+                await asyncio.wait({batch, stop}, return_when=asyncio.FIRST_COMPLETED)
             return batch.result() if batch.done() else None
         finally:
             stop.cancel()

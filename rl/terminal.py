@@ -10,11 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from rl.metrics import Metrics
+from rl.time_ledger import added, shares
 
 if TYPE_CHECKING:
     from rl.evaluation import Evaluation, Score
 
 RECENT_STEPS = 10
+WORTH_NAMING = 0.005  # of a role's time
+ROLES = {"learner": "learner/seconds/", "generators": "generator/seconds/"}
 
 
 def _percent(value: float) -> str:
@@ -34,6 +37,7 @@ class TerminalProgress:
         self._steps = steps
         self._step_seconds: list[float] = []
         self._started = time.monotonic()
+        self._seconds: dict[str, dict[str, float]] = {role: {} for role in ROLES}
 
     def note(self, text: str) -> None:
         """One line of plain news, with the seconds since the start."""
@@ -46,6 +50,11 @@ class TerminalProgress:
             metric = metrics.get(name)
             return metric.value if metric else math.nan
 
+        for role, prefix in ROLES.items():
+            ledger = {
+                name.removeprefix(prefix): each.value for name, each in metrics.items() if name.startswith(prefix)
+            }
+            self._seconds[role] = added([self._seconds[role], ledger])
         self._step_seconds = [*self._step_seconds, read("time/step/s")][-RECENT_STEPS:]
         left = (self._steps - step) * sum(self._step_seconds) / len(self._step_seconds)
         held_out = evaluation.overall.mean if evaluation and evaluation.overall.mean is not None else math.nan
@@ -59,6 +68,17 @@ class TerminalProgress:
             f"{_percent(read('learner/idle_fraction'))}, generator {_percent(read('generator/idle_fraction'))}  "
             f"{left / 60:.0f} min left"
         )
+
+    def shares(self, role: str) -> dict[str, float]:
+        """Where the time of the learner, or of the generators, went in all steps so far: shares, the largest first."""
+        return shares(self._seconds[role])
+
+    def where_the_time_went(self) -> None:
+        """A line for each role: its wall time by activity."""
+        for role in ROLES:
+            named = [f"{name} {share:.0%}" for name, share in self.shares(role).items() if share >= WORTH_NAMING]
+            if named:
+                self.note(f"time of the {role}: {', '.join(named)}")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """The held-out table of one policy version."""

@@ -26,6 +26,7 @@ from rl.buffer import Buffer, BufferLimits, described
 from rl.codec import decode_group, encode_group
 from rl.embedded_redis import EmbeddedRedis
 from rl.trajectory import Group
+from tests.benchmarks.report import options
 from tests.rl.buffer_samples import group_of
 
 SIZES = {"4 KB": (8, 40, 960), "64 KB": (8, 720, 320), "1 MB": (16, 5600, 48)}  # completions, tokens of each, groups
@@ -167,22 +168,24 @@ def redis_benchmark(server: EmbeddedRedis) -> None:
             print(f"| {size} | {clients} | {rates['SET']:.0f} | {rates['GET']:.0f} | {both * payload / 1e6:.0f} |")
 
 
-async def main(server: EmbeddedRedis) -> None:
-    """Every size with every number of producers, then memory."""
+async def main(server: EmbeddedRedis, quick: bool) -> None:
+    """Every size with every number of producers, then memory; --quick one size, and neither memory nor the server."""
     print("| group | producers | moves | raw: publish/s | consume/s | both, groups/s | MB/s ", end="")
     print("| slipstream: publish/s | consume/s | both, groups/s | MB/s | of raw |\n|" + "---|" * 12)
     for codec in (False, True):
-        for size in SIZES:
-            for producers in PRODUCERS:
+        for size in ("64 KB",) if quick else SIZES:
+            for producers in (4,) if quick else PRODUCERS:
                 await compare(server.url, size, producers, codec)
-    await memory(server.url)
+    if not quick:
+        await memory(server.url)
+        redis_benchmark(server)
 
 
 if __name__ == "__main__":
+    arguments = options(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as directory:
         server = EmbeddedRedis.start(directory)
         try:
-            asyncio.run(main(server))
-            redis_benchmark(server)
+            asyncio.run(main(server, arguments.quick))
         finally:
             server.stop()

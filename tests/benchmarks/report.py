@@ -90,7 +90,9 @@ def publish(name: str, tables: Sequence[Table], **facts: Any) -> Path:
 
 
 def _shown(cell: Any) -> str:
-    return f"{cell:,.3g}" if isinstance(cell, float) and cell < 1000 else f"{cell:,.0f}" if isinstance(cell, float) else str(cell)
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.3g}" if abs(cell) < 1000 else f"{cell:,.0f}"
 
 
 def _plain(value: Any) -> Any:

@@ -140,3 +140,53 @@ def test_truncated_answers_of_a_batch_are_counted_as_trained_or_masked(masked):
     assert numbers["batch/answers/truncated_masked"] == int(masked)
     assert numbers["batch/answers/truncated_trained"] == int(not masked)
     assert "batch/answers/scored" not in account.close(step_of(2), counts(), {})
+
+
+def timed(rewards, ledger, seconds=None):
+    return msgspec.structs.replace(report(rewards), ledger=ledger, seconds=seconds or {})
+
+
+def test_a_ranks_seconds_sum_to_the_wall_time_and_only_waiting_for_groups_is_idle(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("rl.accounting.time.monotonic", lambda: now[0])
+    account = StepAccount(1)
+    with account.waiting():
+        now[0] += 3.0
+    now[0] += 7.0
+    step = msgspec.structs.replace(step_of(1), seconds={"forward": 2.0, "backward": 4.0})
+    numbers = values(account.close(step, counts(), {}))
+    assert numbers["learner/seconds/idle"] == 3.0 and numbers["learner/idle_fraction"] == 0.3
+    assert numbers["learner/seconds/lease"] == 1.0
+    assert sum(value for name, value in numbers.items() if name.startswith("learner/seconds/")) == 10.0
+    now[0] += 5.0
+    assert values(account.close(step_of(2), counts(), {}))["learner/seconds/idle"] == 0.0, "a wait is counted once"
+
+
+def test_a_wait_that_ranks_worked_through_is_not_idle(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("rl.accounting.time.monotonic", lambda: now[0])
+    account = StepAccount(1)
+    with account.waiting():
+        now[0] += 10.0
+    step = msgspec.structs.replace(step_of(1), seconds={"checkpoint": 8.0})
+    assert values(account.close(step, counts(), {}))["learner/seconds/idle"] == 2.0
+
+
+def test_generators_time_is_added_up_over_their_reports():
+    account = StepAccount(1)
+    account.add(timed((1.0, 0.0), {"sample": 3.0, "idle": 1.0}))
+    account.add(timed((1.0, 0.0), {"sample": 1.0, "judge": 0.5}))
+    numbers = values(account.close(step_of(1), counts(), {}))
+    assert numbers["generator/seconds/sample"] == 4.0
+    assert numbers["generator/seconds/idle"] == 1.0 and numbers["generator/seconds/judge"] == 0.5
+
+
+def test_how_full_an_engine_was_follows_from_groups_that_were_sampled_at_once():
+    account = StepAccount(1)
+    whole = timed((1.0, 0.0), {"sample": 8.0}, {"sample": 8.0})
+    longest = max(whole.completion_tokens)
+    account.add(whole)
+    account.add(msgspec.structs.replace(whole, first_answers=1))
+    numbers = values(account.close(step_of(1), counts(), {}))
+    assert numbers["generator/engine_step/s"] == pytest.approx(8.0 / longest)
+    assert numbers["generator/sequences/mean"] == pytest.approx(8.0 / longest * whole.num_tokens / 16.0)

@@ -57,3 +57,17 @@ def test_what_was_not_measured_is_a_dash_and_never_a_number():
 def test_an_evaluation_is_a_table_with_intervals_and_a_failed_judgement_is_not_a_zero():
     table = shown(lambda progress: progress.evaluation(summarise(3, 3, [graded(1.0), graded(None)])))
     assert "policy version 3" in table and "100.0%" in table and "sums" in table
+
+
+def test_at_the_end_each_role_says_where_its_time_went_with_the_largest_first():
+    def use(progress):
+        for step in (1, 2):
+            seconds = {"learner/seconds/forward": last(1.0), "learner/seconds/backward": last(2.0)}
+            seconds |= {"learner/seconds/lease": last(0.001), "generator/seconds/sample": last(3.0)}
+            progress.step(step, seconds | {"time/step/s": last(3.0)}, None)
+        progress.where_the_time_went()
+        assert progress.shares("generators") == {"sample": 1.0}
+
+    lines = shown(use).splitlines()
+    assert "time of the learner: backward 67%, forward 33%" in lines[-2]
+    assert "time of the generators: sample 100%" in lines[-1]
