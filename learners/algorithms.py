@@ -8,7 +8,7 @@ docs/algorithms.md, which `make docs` writes, lists them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from learners import losses
-from learners.advantages import ADVANTAGES, Estimator
+from learners.advantages import ADVANTAGES, Advantages, Estimator, Rewards
 from learners.aggregations import AGGREGATIONS, Aggregation
 from learners.losses import Loss, Prepare, TokenLosses, Tokens
 from learners.penalties import DIVERGENCES, outside_band
@@ -43,6 +43,7 @@ LOSSES: dict[type, Callable[[Any], Loss]] = {
     knobs.DppoTv: lambda k: partial(losses.dppo_tv, delta=k.delta, kappa=k.kappa),
     knobs.M2po: lambda k: losses.m2po,
 }
+PULLING = (knobs.DppoTv,)  # losses that pull where the advantage is 0, too
 PREPARES: dict[type, Callable[[Any], Prepare]] = {  # losses that must see the whole batch before any token's loss
     knobs.M2po: lambda k: partial(losses.second_moment_cutoff, tau=k.tau),
 }
@@ -70,6 +71,19 @@ class Algorithm:
     def needs_entropy_gradient(self) -> bool:
         """Whether Tokens.entropy_N must carry a gradient."""
         return self.section.entropy_coefficient > 0
+
+    @property
+    def skips_zero_advantage(self) -> bool:
+        """Whether an answer whose advantage is exactly 0 has no share in the gradient, and need not be computed."""
+        pulled = self.needs_reference or self.needs_entropy_gradient or isinstance(self.section.loss, PULLING)
+        return not pulled and self.prepare is None
+
+    def advantages(self, batch: Sequence[Rewards]) -> list[Advantages]:
+        """Of each group and trajectory; None where a trajectory is not computed: it failed, or has no gradient."""
+        found = self.advantage(batch)
+        if not self.skips_zero_advantage:
+            return found
+        return [tuple(value or None for value in group) for group in found]
 
     def objective(self, tokens: Tokens) -> TokenLosses:
         """loss + kl.coefficient * KL(π, reference) - entropy_coefficient * entropy, per token [N].

@@ -1,223 +1,176 @@
-"""This file lays a batch out: which rank trains which groups together, and how a group becomes one packed row.
+"""This file plans a batch: which answers are computed, on which rank, and which rows share a forward pass.
 
-A group's prompt is computed once: its row is the prompt followed by every scored answer, and a mask lets an answer see
-the prompt and itself only, at the positions it was sampled at. This is exact, and two to three times less work.
-
-Shapes: B rows (groups) of a micro-batch, L tokens of its longest row, N answer tokens, G answers of a group.
+It looks at entries alone, before any payload is fetched, so that every rank plans the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
 from learners.advantages import Advantages
 from learners.aggregations import Aggregation
+from learners.layouts import Packing, PlannedRow, Share, Weights, rows_of
 from rl.trajectory import Group, GroupEntry
-
-PADDING = -1
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Who trains what. micro_batches[rank][i] holds indices into the batch's entries, [] where a rank just takes part.
+    """Who computes what. micro_batches[rank][i] are rows, () where a rank just takes part.
 
-    Every rank has the same number of micro-batches, because a forward pass is a collective under FSDP.
-    rank_tokens are the answer tokens of each rank. weights[group][i] is what each token of the group's i-th scored
-    trajectory weighs in the loss.
+    Every rank has the same number of micro-batches, because a forward pass is a collective under FSDP; none has any
+    where nothing has a gradient. rank_tokens are the answer tokens that each rank computes, num_tokens all scored ones
+    of the batch. advantages[group][i] is None where the i-th trajectory is not computed; weights[group][i] is what each
+    of its tokens weighs in the loss, None where it is not scored.
     """
 
-    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
+    micro_batches: tuple[tuple[tuple[PlannedRow, ...], ...], ...]
     rank_tokens: tuple[int, ...]
-    weights: tuple[tuple[float, ...], ...]
+    num_tokens: int
+    advantages: tuple[Advantages, ...]
+    weights: tuple[Weights, ...]
 
     @property
-    def num_tokens(self) -> int:
-        """Answer tokens of the batch."""
+    def computed_tokens(self) -> int:
+        """Answer tokens that some rank computes."""
         return sum(self.rank_tokens)
 
+    def groups_of(self, rank: int) -> list[int]:
+        """The groups that a rank must fetch, by their index in the batch. No other rank has any of them."""
+        return sorted({row.group for rows in self.micro_batches[rank] for row in rows})
+
+    def shares(self, rank: int, groups: dict[int, Group]) -> list[list[Share]]:
+        """A rank's rows, by micro-batch. groups are its own, by their index in the batch."""
+        return [[self._share(row, groups[row.group]) for row in rows] for rows in self.micro_batches[rank]]
+
+    def _share(self, row: PlannedRow, group: Group) -> Share:
+        values = self.advantages[row.group]
+        mine = tuple(value if answer in row.answers else None for answer, value in enumerate(values))
+        computed = sum(value is not None for value in values)
+        return Share(group, mine, self.weights[row.group], len(row.answers) / computed)
+
 
 @dataclass(frozen=True)
-class Share:
-    """A group with what the whole batch decides of it: advantages by trajectory, weights by scored trajectory."""
+class RowLimits:
+    """How rows are made and bounded: padded tokens of a forward pass per rank, and the model's width, for costs."""
 
-    group: Group
-    advantages: Advantages
-    weights: tuple[float, ...]
-
-    @property
-    def weight(self) -> float:
-        """What all its tokens weigh together."""
-        lengths = [len(t.completion.token_ids) for t in self.group.trajectories if t.reward is not None]
-        return sum(weight * length for weight, length in zip(self.weights, lengths, strict=True))
+    micro_batch_tokens: int
+    hidden_size: int
+    packing: Packing = "shared_prefix"
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """The tensors of one forward pass. source_N are indices into [B * L]: where each target's logits come from.
-    num_real of the B * L tokens are no padding.
+def row_cost(prompt_tokens: int, answer_tokens: Sequence[int], hidden_size: int) -> float:
+    """What a row costs, in tokens without attention: its tokens, and every pair of which one sees the other.
 
-    behaviour_N (nats), advantages_N and weights_N are fp64. lags_N, fp64, counts policy versions. sequence_N numbers
-    the trajectories from 0; truncated_N marks the tokens of answers that were cut at max_tokens.
+    A block multiplies a token with about 12 H² weights, and a pair costs 2 H products: a pair is 1/(6 H) of a token.
     """
-
-    ids_BL: Tensor
-    positions_BL: Tensor
-    mask_B1LL: Tensor
-    source_N: Tensor
-    targets_N: Tensor
-    behaviour_N: Tensor
-    advantages_N: Tensor
-    lags_N: Tensor
-    weights_N: Tensor
-    sequence_N: Tensor
-    truncated_N: Tensor
-    num_real: int
-
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What a forward pass takes, in the order of Policy.forward."""
-        return self.ids_BL, self.positions_BL, self.mask_B1LL, self.source_N, self.targets_N
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
+    pairs = prompt_tokens**2 / 2 + sum(length * (prompt_tokens + length / 2) for length in answer_tokens)
+    return prompt_tokens + sum(answer_tokens) + pairs / (6 * hidden_size)
 
 
-def plan_batch(
-    entries: Sequence[GroupEntry], world_size: int, micro_batch_tokens: int, aggregation: Aggregation, max_tokens: int
-) -> BatchPlan:
-    """Spread groups over ranks and micro-batches; the same everywhere, because it looks at nothing but its arguments.
-
-    Longest first to the least loaded rank; within a rank, rows of similar length share a micro-batch of at most
-    micro_batch_tokens padded tokens.
-
-    Raises:
-        ValueError: no trajectory has a reward, or a row is longer than micro_batch_tokens.
-    """
-    lengths = [entry.prompt_tokens + _scored_tokens(entry) for entry in entries]
-    rows = sorted((i for i, entry in enumerate(entries) if _scored_tokens(entry)), key=lambda i: (-lengths[i], i))
-    if not rows:
-        raise ValueError(
-            f"none of the {len(entries)} groups of this batch has a scored trajectory; nothing to train on"
-        )
-    if lengths[rows[0]] > micro_batch_tokens:
-        raise ValueError(
-            f"group {entries[rows[0]].group_id} needs a row of {lengths[rows[0]]} tokens, but "
-            f"learner.micro_batch_tokens is {micro_batch_tokens}; raise it to {lengths[rows[0]]} or more"
-        )
-    of_rank: list[list[int]] = [[] for _ in range(world_size)]
-    for row in rows:
-        min(of_rank, key=lambda mine: sum(lengths[i] for i in mine)).append(row)
-    split = [_split_rows(mine, lengths, micro_batch_tokens) for mine in of_rank]
-    count = max(len(micro_batches) for micro_batches in split)
-    return BatchPlan(
-        micro_batches=tuple(tuple(mine) + ((),) * (count - len(mine)) for mine in split),
-        rank_tokens=tuple(sum(_scored_tokens(entries[i]) for i in mine) for mine in of_rank),
-        weights=tuple(map(tuple, aggregation([_scored_lengths(entry) for entry in entries], max_tokens))),
+def weigh(entries: Sequence[GroupEntry], aggregation: Aggregation, max_tokens: int) -> tuple[Weights, ...]:
+    """What each token weighs, by group and trajectory, counted over all that is scored, computed or not."""
+    found = aggregation([_scored_lengths(entry) for entry in entries], max_tokens)
+    return tuple(
+        tuple(next(weights) if scored else None for scored in entry.scored)
+        for entry, weights in zip(entries, map(iter, found), strict=True)
     )
 
 
-def pack(shares: Sequence[Share], version: int) -> MicroBatch:
-    """Groups to tensors, one row each. version is the learner's, from which a token's lag counts.
+def plan_batch(
+    entries: Sequence[GroupEntry],
+    advantages: Sequence[Advantages],
+    weights: Sequence[Weights],
+    ranks: int,
+    limits: RowLimits,
+) -> BatchPlan:
+    """Spread what has an advantage over ranks and micro-batches; the same everywhere, given the same arguments.
 
-    Without groups it gives one row of one token and no answers: a rank takes part in the collectives of a micro-batch
-    that only others have work for.
+    Costliest group first to the least loaded rank; within a rank, rows of similar length share a micro-batch.
+
+    Raises:
+        ValueError: no trajectory has a reward, or a row is longer than limits.micro_batch_tokens.
     """
-    rows = [_pack_row(share, version) for share in shares] or [_Row([0], [0], [0])]
-    lengths = [length for row in rows for length in row.lengths]
-    length = max(len(row.ids) for row in rows)
-    ids_BL = torch.tensor([row.ids + [0] * (length - len(row.ids)) for row in rows])
-    positions_BL = torch.tensor([row.positions + [0] * (length - len(row.ids)) for row in rows])
-    segment_BL = torch.tensor([row.segment + [PADDING] * (length - len(row.ids)) for row in rows])
-    same_BLL = segment_BL[:, :, None] == segment_BL[:, None, :]  # padding sees padding: no row of the mask is empty
-    prompt_B1L = (segment_BL == 0)[:, None, :]
-    causal_LL = torch.ones(length, length, dtype=torch.bool).tril()
-
-    def joined(field: str, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([value for row in rows for value in getattr(row, field)], dtype=dtype)
-
-    return MicroBatch(
-        ids_BL=ids_BL,
-        positions_BL=positions_BL,
-        mask_B1LL=(causal_LL & (same_BLL | prompt_B1L))[:, None],
-        source_N=torch.tensor([b * length + at for b, row in enumerate(rows) for at in row.source], dtype=torch.long),
-        targets_N=joined("targets", torch.long),
-        behaviour_N=joined("behaviour", torch.float64),
-        advantages_N=joined("advantages", torch.float64),
-        lags_N=joined("lags", torch.float64),
-        weights_N=joined("weights", torch.float64),
-        sequence_N=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long)),
-        truncated_N=joined("truncated", torch.bool),
-        num_real=sum(len(row.ids) for row in rows) if shares else 0,
+    num_tokens = sum(map(sum, map(_scored_lengths, entries)))
+    if not num_tokens:
+        raise ValueError(
+            f"none of the {len(entries)} groups of this batch has a scored trajectory; nothing to train on"
+        )
+    rows = {
+        group: rows_of(group, _computed(entry, values), limits.packing)
+        for group, (entry, values) in enumerate(zip(entries, advantages, strict=True))
+    }
+    every = [row for mine in rows.values() for row in mine]
+    lengths = {row: _row_tokens(row, entries[row.group]) for row in every}
+    _check_fits(entries, lengths, limits.micro_batch_tokens)
+    costs = {group: sum(_cost(row, entries[group], limits) for row in mine) for group, mine in rows.items() if mine}
+    of_rank: list[list[int]] = [[] for _ in range(ranks)]
+    for group in sorted(costs, key=lambda group: (-costs[group], group)):
+        min(of_rank, key=lambda mine: sum(costs[each] for each in mine)).append(group)
+    split = [
+        _split_rows([row for group in mine for row in rows[group]], lengths, limits.micro_batch_tokens)
+        for mine in of_rank
+    ]
+    count = max(len(micro_batches) for micro_batches in split)
+    return BatchPlan(
+        micro_batches=tuple(tuple(mine) + ((),) * (count - len(mine)) for mine in split),
+        rank_tokens=tuple(
+            sum(sum(_answers(row, entries[row.group])) for rows in mine for row in rows) for mine in split
+        ),
+        num_tokens=num_tokens,
+        advantages=tuple(advantages),
+        weights=tuple(weights),
     )
 
 
 def check_payload(entry: GroupEntry, group: Group) -> None:
-    """Raise ValueError where a payload is not what its entry promised: the plan and the normaliser would be wrong."""
+    """Raise ValueError where a payload is not what its entry promised: plan, advantages and weights would be wrong."""
     lengths = tuple(len(trajectory.completion.token_ids) for trajectory in group.trajectories)
-    scored = tuple(reward is not None for reward in group.rewards)
-    found = (group.group_id, len(group.prompt.token_ids), lengths, scored)
-    promised = (entry.group_id, entry.prompt_tokens, entry.completion_tokens, entry.scored)
+    found = (group.group_id, len(group.prompt.token_ids), lengths, group.rewards)
+    promised = (entry.group_id, entry.prompt_tokens, entry.completion_tokens, entry.rewards)
     if found != promised:
         raise ValueError(
             f"the payload of group {entry.group_id} is {found}, but its entry in the buffer says {promised} "
-            "(id, prompt tokens, completion tokens, scored); the buffer was written by something else"
+            "(id, prompt tokens, completion tokens, rewards); the buffer was written by something else"
         )
 
 
-class _Row:
-    """One group under construction: per token ids, positions and segment (0 the prompt), per answer token the rest."""
-
-    def __init__(self, ids: list[int], positions: list[int], segment: list[int]) -> None:
-        self.ids = ids
-        self.positions = positions
-        self.segment = segment
-        self.source: list[int] = []
-        self.targets: list[int] = []
-        self.behaviour: list[float] = []
-        self.advantages: list[float] = []
-        self.lags: list[int] = []
-        self.weights: list[float] = []
-        self.truncated: list[bool] = []
-        self.lengths: list[int] = []
+def _computed(entry: GroupEntry, advantages: Advantages) -> list[int]:
+    """Which trajectories are computed."""
+    lengths = zip(advantages, entry.completion_tokens, strict=True)
+    return [answer for answer, (value, length) in enumerate(lengths) if value is not None and length]
 
 
-def _pack_row(share: Share, version: int) -> _Row:
-    group, weights = share.group, iter(share.weights)
-    prompt = group.prompt.token_ids
-    row = _Row(list(prompt), list(range(len(prompt))), [0] * len(prompt))
-    for index, (trajectory, value) in enumerate(zip(group.trajectories, share.advantages, strict=True)):
-        if value is None:
-            continue
-        completion, start, count = trajectory.completion, len(row.ids), len(trajectory.completion.token_ids)
-        row.ids += completion.token_ids
-        row.positions += range(len(prompt), len(prompt) + count)
-        row.segment += [index + 1] * count
-        # an answer's first token is predicted at the prompt's last position
-        row.source += [len(prompt) - 1, *range(start, start + count - 1)][:count]
-        row.targets += completion.token_ids
-        row.behaviour += completion.logprobs
-        row.advantages += [value] * count
-        row.weights += [next(weights)] * count
-        row.truncated += [completion.finish_reason == "length"] * count
-        row.lengths.append(count)
-        for span in completion.spans:
-            row.lags += [version - span.version] * (span.end - span.start)
-    return row
+def _answers(row: PlannedRow, entry: GroupEntry) -> list[int]:
+    return [entry.completion_tokens[answer] for answer in row.answers]
 
 
-def _split_rows(rows: list[int], lengths: list[int], micro_batch_tokens: int) -> list[tuple[int, ...]]:
+def _row_tokens(row: PlannedRow, entry: GroupEntry) -> int:
+    return entry.prompt_tokens + sum(_answers(row, entry))
+
+
+def _cost(row: PlannedRow, entry: GroupEntry, limits: RowLimits) -> float:
+    return row_cost(entry.prompt_tokens, _answers(row, entry), limits.hidden_size)
+
+
+def _check_fits(entries: Sequence[GroupEntry], lengths: dict[PlannedRow, int], micro_batch_tokens: int) -> None:
+    longest = max(lengths, key=lambda row: lengths[row], default=None)
+    if longest is not None and lengths[longest] > micro_batch_tokens:
+        raise ValueError(
+            f"group {entries[longest.group].group_id} needs a row of {lengths[longest]} tokens, but "
+            f"learner.micro_batch_tokens is {micro_batch_tokens}; raise it to {lengths[longest]} or more"
+        )
+
+
+def _split_rows(
+    rows: list[PlannedRow], lengths: dict[PlannedRow, int], micro_batch_tokens: int
+) -> list[tuple[PlannedRow, ...]]:
     """Cut rows, longest first, into runs whose padded size fits; every second of them comes first.
 
     So the first half of the micro-batches is as long as the second, and both are samples of one batch.
     """
-    runs: list[list[int]] = []
-    for row in rows:
+    runs: list[list[PlannedRow]] = []
+    for row in sorted(rows, key=lambda row: (-lengths[row], row.group, row.answers)):
         if runs and (len(runs[-1]) + 1) * lengths[runs[-1][0]] <= micro_batch_tokens:
             runs[-1].append(row)
         else:
@@ -227,7 +180,3 @@ def _split_rows(rows: list[int], lengths: list[int], micro_batch_tokens: int) ->
 
 def _scored_lengths(entry: GroupEntry) -> list[int]:
     return [count for count, scored in zip(entry.completion_tokens, entry.scored, strict=True) if scored]
-
-
-def _scored_tokens(entry: GroupEntry) -> int:
-    return sum(_scored_lengths(entry))

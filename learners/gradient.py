@@ -1,6 +1,6 @@
 """This file makes the gradient of a batch, micro-batch by micro-batch, and keeps what is measured on the way.
 
-Shapes: N answer tokens of a micro-batch, M of the whole batch over all ranks.
+Shapes: N computed answer tokens of a micro-batch, M of the whole batch over all ranks.
 """
 
 from __future__ import annotations
@@ -12,17 +12,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learners import batcher
 from learners.algorithms import Algorithm
 from learners.gradient_noise import GradientNoise
+from learners.layouts import MicroBatch, Share, pack
 from learners.losses import Tokens
 from learners.model import Policy
-from learners.policy_health import TokenFacts, distance_to_reference, gather, gather_facts, health, objective
+from learners.policy_health import (
+    TokenFacts,
+    distance_to_reference,
+    gather,
+    gather_facts,
+    health,
+    nothing_computed,
+    objective,
+)
 from learners.reference import Reference
 from learners.stopwatch import Stopwatch
 from rl.metrics import Metrics, mean
 
-Shares = Sequence[Sequence[batcher.Share]]  # of this rank, by micro-batch
+Shares = Sequence[Sequence[Share]]  # of this rank, by micro-batch
 
 
 class BatchGradient:
@@ -44,10 +52,14 @@ class BatchGradient:
         self._device = next(policy.parameters()).device
 
     def accumulate(self, shares: Shares, rank_tokens: Sequence[int], version: int) -> tuple[TokenFacts, Metrics]:
-        """Leave the batch's gradient, summed over ranks, in place; returns the batch's tokens and its metrics.
+        """Leave the batch's gradient, summed over ranks, in place; returns the computed tokens and metrics over them.
 
-        version is the learner's, from which lags count. rank_tokens are the answer tokens of each rank.
+        version is the learner's, from which lags count. rank_tokens are the answer tokens of each rank. Without any
+        there is no gradient, a loss of 0, and none of the metrics that are means over tokens.
         """
+        if not sum(rank_tokens):
+            empty = TokenFacts.none()
+            return empty, objective(empty) | nothing_computed()
         cutoff = self._prepared(shares, rank_tokens, version)
         noise = GradientNoise(list(self._policy.parameters()), len(shares))
         facts, sizes = [], torch.zeros(2, dtype=torch.float64, device=self._device)
@@ -81,11 +93,11 @@ class BatchGradient:
             log_ratios.append(logprobs_N.double() - packed.behaviour_N)
         return self._algorithm.prepare(gather(torch.cat(log_ratios)[None], rank_tokens)[0])
 
-    def _pack(self, mine: Sequence[batcher.Share], version: int) -> batcher.MicroBatch:
+    def _pack(self, mine: Sequence[Share], version: int) -> MicroBatch:
         with self._stopwatch.measure("pack"):
-            return batcher.pack(mine, version).to(self._device)
+            return pack(mine, version).to(self._device)
 
-    def _forward(self, packed: batcher.MicroBatch, cutoff: float) -> tuple[Tensor, TokenFacts]:
+    def _forward(self, packed: MicroBatch, cutoff: float) -> tuple[Tensor, TokenFacts]:
         """The weighted loss of a micro-batch, and what is kept of its tokens."""
         wanted = self._algorithm.needs_entropy_gradient
         logprobs_N, entropy_N = self._policy(*packed.inputs, self._temperature, wanted)
@@ -113,21 +125,3 @@ class BatchGradient:
             reference_N=tokens.logprobs_N.detach() if tokens.reference_N is None else tokens.reference_N,
         )
         return (losses.loss_N * packed.weights_N).sum(), facts
-
-
-def batch_rewards(
-    scored: Sequence[Sequence[bool]], mine: dict[int, Sequence[float | None]], device: torch.device
-) -> list[list[float | None]]:
-    """The rewards of every group of the batch, on every rank, of which each knows its own. A collective.
-
-    scored says which trajectories have a reward, by group; mine has a group's rewards by its index in the batch.
-    """
-    table = torch.zeros(len(scored), max(map(len, scored)), dtype=torch.float64, device=device)
-    for index, rewards in mine.items():
-        values = [0.0 if reward is None else reward for reward in rewards]
-        table[index, : len(values)] = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(table)  # every group is one rank's, so the sum is a union
-    return [
-        [value if known else None for value, known in zip(row, group, strict=False)]
-        for row, group in zip(table.tolist(), scored, strict=True)
-    ]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from learners.batcher import Share
+from learners.layouts import Share
 from rl.metrics import Metrics, mean
 
 
@@ -23,7 +23,9 @@ class GradientNoise:
 
     g_small is what the first half of the micro-batches left, scaled up by their share of the aggregation weights. One
     step's estimates scatter by more than their size, and the ratio is biased: average squared_signal and trace over
-    many steps before dividing. A replay of several ranks' step halves the batch elsewhere than they did.
+    many steps before dividing. A replay of several ranks' step halves the batch elsewhere than they did. Groups without
+    a gradient are none of the batch here. Where a group's answers have rows of their own (learner.packing), its parts
+    count as independent, and the trace comes out too small where they are not.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], num_micro_batches: int) -> None:
@@ -34,9 +36,9 @@ class GradientNoise:
         self._totals: Tensor | None = None
 
     def after(self, index: int, mine: Sequence[Share]) -> None:
-        """Micro-batch `index` of this rank, these groups, is in the gradient. A collective in the middle."""
+        """Micro-batch `index` of this rank, these rows, is in the gradient. A collective in the middle."""
         self._weight += sum(share.weight for share in mine)
-        self._groups += len(mine)
+        self._groups += sum(share.fraction for share in mine)
         if index == self._middle:
             self._totals = self._summed(self._squared_norm(), self._weight, self._groups)
 

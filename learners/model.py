@@ -6,7 +6,7 @@ Shapes: B rows, L tokens of a row, N answer tokens.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from learners import attention
+from learners.blocks import BlockOptions, blocks_of, prepare_blocks
+from learners.layouts import Layout, RowLengths
 from learners.logprobs import head_logprobs
 
+PLAIN_BLOCKS = BlockOptions()
 HeadDtype = Literal["bfloat16", "float32"]
 
 logging.disable_progress_bar()  # a log is no place for one, nor is the table of `rl replay`
@@ -39,20 +43,22 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self._head_dtype = head_dtype
+        self._takes_patterns = model.config._attn_implementation == attention.NAME
 
     def forward(
         self,
         ids_BL: Tensor,
         positions_BL: Tensor,
-        mask_B1LL: Tensor,
+        layout: Layout,
         source_N: Tensor,
         targets_N: Tensor,
         temperature: float,
         entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [N] of the targets and entropies [N], in nats; see batcher.MicroBatch and head_logprobs."""
+        """Log-probabilities [N] of the targets and entropies [N], in nats; see layouts.MicroBatch and head_logprobs."""
+        seeing = self._seeing(layout, ids_BL.device)
         hidden_BLH = self.model.base_model(
-            ids_BL, position_ids=positions_BL, attention_mask=mask_B1LL, use_cache=False
+            ids_BL, position_ids=positions_BL, use_cache=False, **seeing
         ).last_hidden_state
         hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, source_N)
         weight_VH = self.model.get_output_embeddings().weight
@@ -61,14 +67,27 @@ class Policy(nn.Module):
             hidden_NH, weight_VH = hidden_NH.to(precise), weight_VH.to(precise)
         return head_logprobs(hidden_NH, weight_VH, targets_N, temperature, entropy_gradient)
 
+    def _seeing(self, layout: Layout, device: torch.device) -> dict[str, Any]:
+        """The arguments by which the model is told what sees what."""
+        if not layout.plain:
+            limit = attention.context_limit(self.model.config)
+            if limit is not None and layout.longest_context > limit:
+                raise ValueError(
+                    f"a prompt and its answer have {layout.longest_context} tokens, of which some layers of this model "
+                    f"see only {limit} at once; set learner.packing to per_answer"
+                )
+        if self._takes_patterns:
+            return {"attention_mask": None, attention.KEYWORD: attention.pattern_for(layout, device)}
+        return {"attention_mask": None if layout.plain else layout.mask().to(device)}
+
 
 @torch.no_grad()
 def score_sequence(policy: Policy, token_ids: tuple[int, ...]) -> tuple[float, ...]:
     """Log-probabilities in nats, at temperature 1, of a sequence's tokens after the first. A collective."""
     ids_L = torch.tensor(token_ids, device=next(policy.parameters()).device)
     order_L = torch.arange(len(ids_L), device=ids_L.device)
-    mask_LL = order_L[:, None] >= order_L[None]
-    logprobs_L, _ = policy(ids_L[None], order_L[None], mask_LL[None, None], order_L[:-1], ids_L[1:], 1.0)
+    layout = Layout((RowLengths(len(ids_L)),))
+    logprobs_L, _ = policy(ids_L[None], order_L[None], layout, order_L[:-1], ids_L[1:], 1.0)
     policy.reshard()  # only a backward pass does so by itself: the root's parameters would stay whole, in bf16
     return tuple(logprobs_L.tolist())
 
@@ -97,6 +116,7 @@ def load_policy(
     master_dtype: torch.dtype,
     compute_dtype: torch.dtype,
     head_dtype: HeadDtype = "bfloat16",
+    options: BlockOptions = PLAIN_BLOCKS,
 ) -> Policy:
     """Load and shard over all ranks of the process group: masters in one dtype, computing in another.
 
@@ -109,6 +129,7 @@ def load_policy(
         raise ValueError(
             f"{model_dir}: a head with a bias or a logit soft-cap is not supported; choose another model.path"
         )
+    prepare_blocks(model, options)
     return shard(Policy(model.eval(), head_dtype), device, compute_dtype)
 
 
@@ -120,10 +141,8 @@ def shard(policy: Policy, device: str, compute_dtype: torch.dtype) -> Policy:
         "mesh": init_device_mesh(device, (world_size,), mesh_dim_names=("ranks",)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=master_dtype),
     }
-    blocks = set(policy.model._no_split_modules or ())
-    for module in list(policy.modules()):
-        if type(module).__name__ in blocks:
-            fully_shard(module, **options)
+    for block in blocks_of(policy.model):
+        fully_shard(block, **options)
     fully_shard(policy, **options)
     if world_size > 1:
         for module in policy.modules():

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rl.metrics import Metrics, highest, mean, total
+from rl.orders import COMPUTED_TOKENS
 
 LAG_BUCKETS = (  # name, first and last lag in versions
     ("0", 0, 0),
@@ -43,6 +44,11 @@ class TokenFacts:
     masked_N: Tensor
     loss_N: Tensor
     reference_N: Tensor
+
+    @classmethod
+    def none(cls) -> TokenFacts:
+        """Of a batch in which nothing is computed."""
+        return cls(*torch.zeros(len(fields(cls)), 0, dtype=torch.float64))
 
     @property
     def log_ratios_N(self) -> Tensor:
@@ -81,7 +87,10 @@ def gather(table: Tensor, rank_tokens: Sequence[int]) -> Tensor:
 
 
 def health(facts: TokenFacts) -> Metrics:
-    """The batch's metrics, over all its tokens and by lag. A useful token has an advantage and is not masked."""
+    """Over all computed tokens and by lag: what has no gradient is not computed, and in none of these means.
+
+    A useful token has an advantage and is not masked.
+    """
     count = len(facts.lags_N)
     whole = {f"policy/{name}": mean(value, count) for name, value in _distance(facts, slice(None)).items()}
     useful_N = (facts.advantages_N != 0) & (facts.masked_N == 0)
@@ -96,10 +105,15 @@ def health(facts: TokenFacts) -> Metrics:
             "policy/entropy/nats": mean(facts.entropy_N.mean(), count),
             "policy/lag_mean/versions": mean(facts.lags_N.mean(), count),
             "policy/lag_max/versions": highest(facts.lags_N.max()),
-            "learner/trained/tokens": total(count),
+            COMPUTED_TOKENS: total(count),
             "learner/useful/tokens": total(useful_N.sum()),
         }
     )
+
+
+def nothing_computed() -> Metrics:
+    """What `health` says of a batch without a gradient."""
+    return {COMPUTED_TOKENS: total(0), "learner/useful/tokens": total(0)}
 
 
 def by_lag(facts: TokenFacts) -> Metrics:

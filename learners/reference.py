@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from learners.batcher import MicroBatch
+from learners.layouts import MicroBatch
 from learners.model import Policy
 from rl.algorithm_config import ReferenceKl
 

@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import msgspec
 import torch
@@ -58,8 +59,8 @@ class Replayer(Learner):
         """The plan of all ranks, for this one: each one's first micro-batch, then each one's second, and so on."""
         shared = self._plan_for(entries, self._ranks)
         turns = zip(*shared.micro_batches, strict=True)
-        mine = tuple(indices for turn in turns for indices in turn if indices)
-        return batcher.BatchPlan(micro_batches=(mine,), rank_tokens=(shared.num_tokens,), weights=shared.weights)
+        mine = tuple(rows for turn in turns for rows in turn if rows)
+        return replace(shared, micro_batches=(mine,), rank_tokens=(shared.computed_tokens,))
 
     def weight_digest(self) -> str:
         """The digest that the weights would be published with."""

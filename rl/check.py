@@ -58,8 +58,8 @@ def share_threads(config: RunConfig, cores: int) -> Threads:
 
 
 def longest_group_tokens(config: RunConfig) -> int:
-    """Tokens of the longest row the learner can meet: one prompt and every answer of its group at full length."""
-    return config.max_prompt_tokens + config.rollout.group_size * config.rollout.max_tokens
+    """Tokens of the longest row the learner can meet; with packing per_answer that of a group's longest answer."""
+    return config.longest_row_tokens
 
 
 def memory_bytes(config: RunConfig, parameters: int) -> int:
@@ -190,8 +190,11 @@ def _prompt_rows(config: RunConfig) -> list[Row]:
 
 def _batch_rows(config: RunConfig) -> list[Row]:
     groups, size, longest = config.learner.groups_per_step, config.rollout.group_size, longest_group_tokens(config)
+    shared = config.learner.packing == "shared_prefix"
+    rows, unit = (groups, "group") if shared else (config.trajectories_per_step, "answer")
+    stands = "once before its answers" if shared else "before each answer"
     rows_fit = config.learner.micro_batch_tokens // longest
-    groups_of_rank = math.ceil(groups / config.learner.ranks)
+    rows_of_rank = math.ceil(groups / config.learner.ranks) * (rows // groups)
     return [
         Row(
             "batch", "trajectories per step", _count(config.trajectories_per_step), f"{groups} groups x {size} answers"
@@ -205,14 +208,14 @@ def _batch_rows(config: RunConfig) -> list[Row]:
         Row(
             "batch",
             "packed tokens per step, at most",
-            _count(groups * longest),
-            f"{longest} per group: a prompt of up to {config.max_prompt_tokens} tokens stands once before its answers",
+            _count(rows * longest),
+            f"{longest} per {unit}: a prompt of up to {config.max_prompt_tokens} tokens stands {stands}",
         ),
         Row(
             "batch",
             "micro-batches per rank, at full length",
-            _count(math.ceil(groups_of_rank / rows_fit)),
-            f"{groups_of_rank} groups per rank, {rows_fit} in {config.learner.micro_batch_tokens} tokens",
+            _count(math.ceil(rows_of_rank / rows_fit)),
+            f"{rows_of_rank} {unit}s per rank, {rows_fit} in {config.learner.micro_batch_tokens} tokens",
         ),
         Row("batch", "trajectories in the run", _count(config.trajectories_per_step * config.run.steps), "trained"),
     ]

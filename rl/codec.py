@@ -1,7 +1,8 @@
 """This file puts the types of rl/trajectory.py on the wire: msgpack behind a header that tells foreign or torn bytes.
 
 Layout: magic `slip`, one byte of schema, CRC-32 of the body (big-endian), msgpack body. Nothing is ever pickled. A
-field added with a default keeps the schema; anything else that changes the body's meaning raises SCHEMA.
+field added with a default keeps the schema; anything else that changes a stored group's meaning raises SCHEMA. Entries
+live no longer than their run: another version's are refused by their shape.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def entry_of(group: Group, payload_bytes: int) -> GroupEntry:
         oldest_version=group.oldest_version,
         prompt_tokens=len(group.prompt.token_ids),
         completion_tokens=tuple(len(trajectory.completion.token_ids) for trajectory in group.trajectories),
-        scored=tuple(reward is not None for reward in group.rewards),
+        rewards=group.rewards,
         payload_bytes=payload_bytes,
         finished_at=group.finished_at,
     )

@@ -8,6 +8,8 @@ from rl.guardrails import Trip
 from rl.metrics import Metrics
 from rl.trajectory import GroupEntry, Prompt, RewardPart
 
+COMPUTED_TOKENS = "learner/computed/tokens"  # of one step: those that went through the model
+
 
 class Draw(msgspec.Struct, frozen=True, kw_only=True):
     """One permitted draw: sample a group for this prompt. seed decides the sampling, whichever engine does it.
@@ -60,6 +62,12 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     seconds: dict[str, float]
     trips: tuple[Trip, ...] = ()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether anything of the batch was computed; without it, no mean over tokens is reported."""
+        computed = self.metrics.get(COMPUTED_TOKENS)
+        return computed is None or computed.value > 0
 
 
 class PartStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -172,7 +172,8 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
 class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
     """What the buffer's stream says of a group without its payload: enough to plan a batch and to bound its lag.
 
-    completion_tokens [G] are the lengths; num_scored counts the trajectories with a reward.
+    completion_tokens [G] are the lengths and rewards [G] the stored rewards, from which every rank derives the same
+    advantages before it has fetched a payload.
     """
 
     group_id: str
@@ -183,7 +184,7 @@ class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
     oldest_version: int
     prompt_tokens: int
     completion_tokens: tuple[int, ...]
-    scored: tuple[bool, ...]
+    rewards: tuple[float | None, ...]
     payload_bytes: int
     finished_at: float
 
@@ -191,6 +192,11 @@ class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
     def num_tokens(self) -> int:
         """Sampled tokens of the group."""
         return sum(self.completion_tokens)
+
+    @property
+    def scored(self) -> tuple[bool, ...]:
+        """Which trajectories have a reward, [G]."""
+        return tuple(reward is not None for reward in self.rewards)
 
 
 class GroupReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -108,3 +108,21 @@ def test_the_average_gradient_of_an_estimate_is_that_of_the_divergence_it_stands
     if name != "k2":  # k2's value is biased, as its inventor says
         reverse = (logprobs_V.exp() * (logprobs_V - reference_V)).sum()
         torch.testing.assert_close(average, reverse, rtol=1e-12, atol=1e-14)
+
+
+def test_only_an_objective_whose_every_term_has_the_advantage_as_a_factor_skips_answers_without_one():
+    def skips(**given):
+        return find_algorithm(AlgorithmSection.model_validate(given)).skips_zero_advantage
+
+    everything = {"m2po", "dppo_tv"}  # the one looks at the whole batch first, the other pulls towards what sampled
+    assert {name for name in PRESETS if not skips(name=name)} >= everything
+    assert all(skips(name=name) for name in ("grpo", "cispo", "gspo", "tis", "mis", "scalerl"))
+    assert not skips(name="grpo", kl={"coefficient": 0.1}) and not skips(name="grpo", entropy_coefficient=0.1)
+
+
+def test_answers_that_are_not_computed_have_no_advantage():
+    rewards = [(0.0, 1.0, 0.5, None), (1.0, 1.0, 1.0, 1.0)]
+    first, second = find_algorithm(AlgorithmSection(name="dr_grpo")).advantages(rewards)
+    assert first == (-0.5, 0.5, None, None) and second == (None,) * 4
+    first, second = find_algorithm(AlgorithmSection(name="m2po")).advantages(rewards)
+    assert first[2] == 0.0 and first[3] is None and second == (0.0,) * 4

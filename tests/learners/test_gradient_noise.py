@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from learners.batcher import Share
 from learners.gradient_noise import GradientNoise
+from learners.layouts import Share
 from learners.model import join_ranks
 from tests.learners.tiny import random_group
 

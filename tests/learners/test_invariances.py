@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from learners import batcher
+from learners import layouts
 from learners.algorithms import find_algorithm
 from learners.gradient import BatchGradient
 from rl.algorithm_config import PRESETS, AlgorithmSection
@@ -24,6 +24,7 @@ from tests.learners.tiny import (
     gradients_of,
     make_learner,
     order_of,
+    plan_within,
     random_group,
     run_ranks,
     save_tiny_llama,
@@ -95,7 +96,7 @@ def sampled_near(learner, groups):
         everything = [msgspec.structs.replace(t, reward=0.0) for t in group.trajectories]
         whole = msgspec.structs.replace(group, trajectories=tuple(everything))
         with torch.no_grad():
-            packed = batcher.pack([batcher.Share(whole, (0.0,) * count, (0.0,) * count)], VERSION)
+            packed = layouts.pack([layouts.Share(whole, (0.0,) * count, (0.0,) * count)], VERSION)
             logprobs = iter(learner.policy(*packed.inputs, 0.8)[0].tolist())
         trajectories = []
         for number, trajectory in enumerate(group.trajectories):
@@ -116,8 +117,8 @@ def order_at_version(groups):
 
 def gradient_of(learner, groups, rank=0, world_size=1, budget=1000):
     order = order_at_version(groups)
-    plan = batcher.plan_batch(order.entries, world_size, budget, learner._algorithm.aggregation, 9)
-    mine = {index: groups[index] for rows in plan.micro_batches[rank] for index in rows}
+    plan = plan_within(learner, order.entries, world_size, budget)
+    mine = {index: groups[index] for index in plan.groups_of(rank)}
     metrics = learner.accumulate_gradient(order, plan, mine)
     return gradients_of(learner), metrics
 
@@ -138,8 +139,9 @@ class Laid:
 
     def __init__(self, model_dir: str, folder: pathlib.Path) -> None:
         self.model_dir, self.folder = model_dir, folder
-        raw = [random_group(index, rewards=(0.0, 1.0, None, 0.5)) for index in range(3)]
-        raw += [random_group(3, rewards=(0.0, 1.0)), random_group(4), random_group(5, rewards=(1.0, 1.0, 1.0))]
+        raw = [random_group(index, rewards=(0.0, 1.0, None, 0.25)) for index in range(3)]
+        raw += [random_group(3, rewards=(0.0, 1.0)), random_group(4), random_group(5, rewards=(1.0, 1.0, 0.0))]
+        raw += [random_group(6, rewards=(1.0, 1.0, 1.0))]  # says nothing
         settings = settings_for(model_dir, folder / "one")
         self._learners = {
             kind: moved_from_start(msgspec.structs.replace(settings, algorithm=section), raw)
@@ -200,10 +202,11 @@ def test_neither_padding_nor_a_shared_prompt_matters(laid, name):
     advantages = learner._algorithm.advantage([group.rewards for group in laid.groups])
     rows = []
     for group, values, weights in zip(laid.groups, advantages, plan.weights, strict=True):
-        scored = [(t, value) for t, value in zip(group.trajectories, values, strict=True) if value is not None]
-        for (trajectory, value), weight in zip(scored, weights, strict=True):
+        for trajectory, value, weight in zip(group.trajectories, values, weights, strict=True):
+            if value is None:
+                continue
             alone = msgspec.structs.replace(group, trajectories=(trajectory,))
-            rows.append(batcher.Share(alone, (value,), (weight,)))
+            rows.append(layouts.Share(alone, (value,), (weight,)))
     for shares in ([rows], [[row] for row in rows]):
         learner.policy.zero_grad()
         learner._gradient.accumulate(shares, (plan.num_tokens,), VERSION)
@@ -314,7 +317,7 @@ def test_only_a_loss_that_must_see_the_whole_batch_first_makes_a_forward_pass_ah
     learner = laid.learner(name)
     budget = 90
     order = order_at_version(laid.groups)
-    plan = batcher.plan_batch(order.entries, 1, budget, learner._algorithm.aggregation, 9)
+    plan = plan_within(learner, order.entries, 1, budget)
     with CountingPolicy(learner.policy) as counted:
         gradient_of(learner, laid.groups, budget=budget)
     assert counted.calls == len(plan.micro_batches[0]) * (2 if SECTIONS[name].loss.name == "m2po" else 1)
@@ -327,7 +330,7 @@ def test_an_aggregation_weight_is_what_a_loss_is_multiplied_by(laid):
     plan = learner.plan(order.entries)
     advantages = learner._algorithm.advantage([group.rewards for group in laid.groups])
     shares = [
-        batcher.Share(group, values, tuple(2 * weight for weight in weights))
+        layouts.Share(group, values, tuple(weight and 2 * weight for weight in weights))
         for group, values, weights in zip(laid.groups, advantages, plan.weights, strict=True)
     ]
     learner.policy.zero_grad()

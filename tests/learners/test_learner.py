@@ -12,14 +12,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from learners import batcher
+from learners import layouts
 from learners.advantages import grpo
+from learners.algorithms import Algorithm
 from learners.optimizer import NonFiniteGradient
 from rl.weights import NcclGroup, UpdateReceipt, verify
 from tests.learners.tiny import (
     gradients_of,
     make_learner,
     order_of,
+    plan_within,
     random_group,
     run_ranks,
     save_tiny_llama,
@@ -48,9 +50,8 @@ def learner_on(model_of_two_layers, tmp_path, only_learner):
 
 def batch_gradients(learner, groups=GROUPS, rank=0, world_size=1, budget=256):
     order = order_of(groups)
-    plan = batcher.plan_batch(order.entries, world_size, budget, learner._algorithm.aggregation, 9)
-    mine = {index: groups[index] for rows in plan.micro_batches[rank] for index in rows}
-    learner.accumulate_gradient(order, plan, mine)
+    plan = plan_within(learner, order.entries, world_size, budget)
+    learner.accumulate_gradient(order, plan, {index: groups[index] for index in plan.groups_of(rank)})
     return gradients_of(learner)
 
 
@@ -157,7 +158,7 @@ def test_the_first_step_gate_closes_before_the_weights_move(learner_on):
 def scored_by(learner, group):
     """The group as an engine at the learner's weights and version would have reported it."""
     count = len(group.rewards)
-    packed = batcher.pack([batcher.Share(group, (0.0,) * count, (0.0,) * count)], version=1)
+    packed = layouts.pack([layouts.Share(group, (0.0,) * count, (0.0,) * count)], version=1)
     logprobs = learner.policy(*packed.inputs, 0.8)[0].tolist()
     trajectories = []
     for trajectory in group.trajectories:
@@ -278,6 +279,7 @@ def test_a_step_at_learning_rate_zero_says_that_it_did_not_move(learner_on):
     learner.step(order_of(GROUPS))
     after = learner.publish(2)
     assert not after.moved and after.digest == before.digest
+    assert (after.base_digest, after.base_version, after.delta_bytes) == (before.digest, 1, 0)
 
 
 @pytest.mark.parametrize("algorithm", ["dr_grpo", "rloo"])
@@ -315,3 +317,91 @@ def test_the_real_model_agrees_with_transformers_on_packed_text(model_dir, tmp_p
         assert 0 < report.metrics["learner/grad_norm"].value < 1e3
     finally:
         learner.close()
+
+
+def without_advantage(group, reward=0.0):
+    trajectories = tuple(msgspec.structs.replace(t, reward=reward) for t in group.trajectories)
+    return msgspec.structs.replace(group, trajectories=trajectories)
+
+
+def zero_and_others():
+    """Two groups that say nothing, and between them two that do."""
+    return [without_advantage(GROUPS[0]), GROUPS[1], without_advantage(GROUPS[2], 1.0), GROUPS[3]]
+
+
+class CountingFetch:
+    """Remembers which groups a learner asked for."""
+
+    def __init__(self, learner):
+        self._fetch, self.ids = learner._fetch, []
+        learner._fetch = self
+
+    def __call__(self, ids):
+        self.ids += ids
+        return self._fetch(ids)
+
+
+def test_what_has_no_gradient_is_neither_fetched_nor_computed_and_the_gradient_is_the_same(learner_on, monkeypatch):
+    groups = zero_and_others()
+    learner = learner_on(groups)
+    fetched = CountingFetch(learner)
+    report = learner.step(order_of(groups))
+    assert fetched.ids == ["g1", "g3"]
+    found = batch_gradients(learner_on(groups), groups)
+    monkeypatch.setattr(Algorithm, "skips_zero_advantage", False)
+    learner = learner_on(groups)
+    fetched = CountingFetch(learner)
+    whole = learner.step(order_of(groups))
+    assert fetched.ids == ["g0", "g1", "g2", "g3"]
+    assert_same(found, batch_gradients(learner_on(groups), groups))
+    for name in ("learner/loss", "learner/grad_norm", "learner/useful/tokens", "learner/trained/tokens"):
+        assert report.metrics[name].value == pytest.approx(whole.metrics[name].value, rel=1e-9)
+    assert report.num_tokens == whole.num_tokens == whole.metrics["learner/computed/tokens"].value
+    # 0.5 is the mean of 0, 1 and 0.5: single answers say nothing either
+    assert report.metrics["learner/computed/tokens"].value == report.metrics["learner/useful/tokens"].value
+    assert report.batch_digest != whole.batch_digest  # what was trained on differs in what was looked at
+
+
+@pytest.mark.parametrize("packing", ["shared_prefix", "per_answer"])
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_neither_packing_nor_checkpointed_activations_change_the_gradient(learner_on, packing, checkpoint_activations):
+    expected = batch_gradients(learner_on(), budget=1000)
+    options = {"packing": packing, "checkpoint_activations": checkpoint_activations}
+    assert_same(batch_gradients(learner_on(**options), budget=60), expected, relative=1e-6)  # Llama's norms are fp32
+
+
+@pytest.mark.parametrize("algorithm", ["m2po", "dppo_tv"])
+def test_a_loss_that_needs_every_token_gets_them(learner_on, algorithm):
+    groups = zero_and_others()
+    learner = learner_on(groups, algorithm=algorithm)
+    fetched = CountingFetch(learner)
+    learner.step(order_of(groups))
+    assert fetched.ids == ["g0", "g1", "g2", "g3"]
+
+
+def test_a_batch_without_any_gradient_makes_a_version_and_no_step(learner_on):
+    quiet = [without_advantage(group) for group in GROUPS]
+    learner = learner_on(quiet + GROUPS)
+    learner.step(order_of(GROUPS))  # so that AdamW has momentum
+    assert learner.publish(2).moved
+    weights = weights_of(learner)
+    learner._fetch = lambda ids: pytest.fail("nothing of it is needed")
+    report = learner.step(order_of(quiet, step=2))
+    torch.testing.assert_close(weights_of(learner), weights, rtol=0, atol=0)
+    assert (report.version, report.num_tokens, report.trips) == (2, sum(g.num_tokens for g in GROUPS), ())
+    values = {name: metric.value for name, metric in report.metrics.items()}
+    assert values["learner/loss"] == values["learner/lr"] == values["learner/grad_norm"] == 0
+    assert values["learner/computed/tokens"] == values["learner/useful/tokens"] == 0
+    assert values["learner/trained/tokens"] == report.num_tokens and values["learner/ranks"] == 1
+    assert all(torch.tensor(value).isfinite() for value in values.values())
+    assert not learner.publish(3).moved and learner._steps_done == 1
+    other = [without_advantage(group, 1.0) for group in GROUPS]
+    assert learner.step(order_of(other, step=2)).batch_digest != report.batch_digest
+
+
+def test_the_first_step_gate_waits_for_the_first_batch_with_something_to_score(learner_on):
+    quiet = [without_advantage(group) for group in GROUPS]
+    learner = learner_on(max_logprob_gap=0.05)
+    learner.step(order_of(quiet, first=True))
+    with pytest.raises(ValueError, match="learner.max_logprob_gap"):
+        learner.step(order_of(GROUPS, step=2))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from learners import logprobs
 from learners.logprobs import CHUNK_TOKENS, head_logprobs
 
 
@@ -16,7 +18,7 @@ def inputs(count: int, dtype: torch.dtype = torch.float64):
 
 
 def test_values_and_gradients_equal_those_of_plain_autograd_over_several_chunks():
-    hidden, weight, targets = inputs(2 * CHUNK_TOKENS + 3)
+    hidden, weight, targets = inputs(2 * CHUNK_TOKENS["cpu"] + 3)
     plain = ((hidden @ weight.T) / 0.7).log_softmax(-1)
     expected = plain.gather(1, targets[:, None])[:, 0]
     upstream = torch.linspace(-1, 2, len(targets), dtype=torch.float64)
@@ -49,7 +51,7 @@ def test_the_entropy_carries_no_gradient_unless_asked():
 @pytest.mark.parametrize("shares", [(1.0, 0.0), (0.0, 1.0), (1.0, -0.6)])
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.9])
 def test_the_gradient_of_entropy_and_log_probability_together_is_that_of_plain_autograd(shares, temperature):
-    hidden, weight, targets = inputs(CHUNK_TOKENS + 5)
+    hidden, weight, targets = inputs(CHUNK_TOKENS["cpu"] + 5)
     plain = ((hidden @ weight.T) / temperature).log_softmax(-1)
     expected = (plain.gather(1, targets[:, None])[:, 0], -(plain.exp() * plain).sum(-1))
     found = head_logprobs(hidden, weight, targets, temperature, entropy_gradient=True)
@@ -78,3 +80,68 @@ def test_probabilities_sum_to_one_under_the_temperature(temperature):
     every = torch.arange(11)
     logprobs, _ = head_logprobs(hidden.expand(11, 5), weight, every, temperature)
     assert logprobs.exp().sum().item() == pytest.approx(1.0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that any operation returns, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        found = function(*arguments, **(options or {}))
+        for each in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(each, torch.Tensor):
+                self.bytes = max(self.bytes, each.untyped_storage().nbytes())
+        return found
+
+
+def blocks_of_tokens(monkeypatch, count, itemsize=8, vocabulary=11):
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", count * itemsize * vocabulary)
+
+
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_logits_that_are_not_kept_give_the_same_log_probabilities_and_gradients(monkeypatch, entropy_gradient):
+    hidden, weight, targets = inputs(300)
+    upstream = torch.linspace(-1, 2, 300, dtype=torch.float64)
+
+    def everything():
+        found = head_logprobs(hidden, weight, targets, 0.7, entropy_gradient)
+        loss = (found[0] * upstream).sum() + (0.3 * (found[1] * upstream.flip(0)).sum() if entropy_gradient else 0)
+        return *(each.detach() for each in found), *torch.autograd.grad(loss, (hidden, weight))
+
+    kept = everything()
+    for count in (1, 70, 128, 299):
+        blocks_of_tokens(monkeypatch, count)
+        torch.testing.assert_close(everything(), kept, rtol=1e-12, atol=1e-12)
+
+
+def test_a_bf16_weight_gradient_is_summed_over_blocks_without_rounding_each_sum(monkeypatch):
+    hidden, weight, targets = inputs(512, torch.bfloat16)
+    exact_hidden, exact_weight = (each.detach().double().requires_grad_() for each in (hidden, weight))
+    exact = torch.autograd.grad(head_logprobs(exact_hidden, exact_weight, targets, 1.0)[0].sum(), exact_weight)[0]
+
+    def error():
+        found = torch.autograd.grad(head_logprobs(hidden, weight, targets, 1.0)[0].sum(), weight)[0]
+        return ((found.double() - exact).norm() / exact.norm()).item()
+
+    kept = error()
+    blocks_of_tokens(monkeypatch, 16, itemsize=2)
+    assert error() < 1.2 * kept
+
+
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_no_tensor_grows_with_tokens_times_vocabulary(monkeypatch, entropy_gradient):
+    """1,000 words, 16 numbers each; a table of the logits of 4,096 tokens would take 8 MB in bf16."""
+    vocabulary, width = 1000, 16
+    blocks_of_tokens(monkeypatch, 100, itemsize=2, vocabulary=vocabulary)
+    largest = {}
+    for count in (512, 4096):
+        hidden = torch.randn(count, width).bfloat16().requires_grad_()
+        weight = torch.randn(vocabulary, width).bfloat16().requires_grad_()
+        with LargestTensor() as seen:
+            found = head_logprobs(hidden, weight, torch.arange(count) % vocabulary, 1.0, entropy_gradient)
+            (found[0].sum() + (found[1].sum() if entropy_gradient else 0)).backward()
+        largest[count] = seen.bytes
+    assert largest[512] == largest[4096] <= CHUNK_TOKENS["cpu"] * vocabulary * 4

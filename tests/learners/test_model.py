@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from learners.layouts import Layout, RowLengths
 from learners.model import join_ranks, load_policy, score_sequence
 from tests.learners.tiny import save_tiny_llama
 
@@ -62,8 +63,8 @@ def test_an_fp32_head_multiplies_the_same_bf16_numbers_and_rounds_no_logit(tmp_p
 def test_gradients_come_back_through_an_fp32_head_to_fp32_masters(tmp_path, process_group):
     policy = load_policy(save_tiny_llama(tmp_path), "cpu", torch.float32, torch.bfloat16, "float32")
     order = torch.arange(3)
-    mask = (order[:, None] >= order[None])[None, None]
-    logprobs, entropy = policy(torch.tensor([[3, 9, 4]]), order[None], mask, order, torch.tensor([9, 4, 7]), 1.0, True)
+    ids, targets = torch.tensor([[3, 9, 4]]), torch.tensor([9, 4, 7])
+    logprobs, entropy = policy(ids, order[None], Layout((RowLengths(3),)), order, targets, 1.0, True)
     assert logprobs.dtype == entropy.dtype == torch.float32
     (logprobs.sum() + entropy.sum()).backward()
     assert all(each.grad.dtype == torch.float32 and each.grad.full_tensor().norm() > 0 for each in policy.parameters())

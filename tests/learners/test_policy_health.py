@@ -41,7 +41,7 @@ def test_the_metrics_are_their_formulas():
     assert value["policy/effective_sample_fraction"] == pytest.approx(4.5**2 / (4 * 6.25))
     assert value["policy/kl_to_behaviour/nats"] == pytest.approx(sum(r - 1 - math.log(r) for r in ratios) / 4)
     assert value["policy/lag_mean/versions"] == 1.0 and value["policy/lag_max/versions"] == 2.0
-    assert value["learner/trained/tokens"] == 4 and value["learner/useful/tokens"] == 2
+    assert value["learner/computed/tokens"] == 4 and value["learner/useful/tokens"] == 2
 
 
 def test_the_distance_to_the_reference_is_k3_and_nothing_where_they_agree():
@@ -83,7 +83,7 @@ def test_an_objective_that_is_not_finite_is_not_a_number():
 
 def test_a_useful_token_has_an_advantage_and_is_not_masked():
     found = health(facts([0.0] * 4, advantages=[1, -1, 0, 1], masked=[0, 1, 1, 0], clipped=[1, 0, 0, 0]))
-    assert found["learner/useful/tokens"].value == 2 and found["learner/trained/tokens"].value == 4
+    assert found["learner/useful/tokens"].value == 2 and found["learner/computed/tokens"].value == 4
     assert found["policy/mask_fraction"].value == 0.5 and found["policy/clip_fraction"].value == 0.25
 
 

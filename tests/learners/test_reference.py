@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from learners import batcher
+from learners import layouts
 from learners.reference import Reference
 from rl.algorithm_config import AlgorithmSection, ReferenceKl
 from tests.learners.tiny import (
@@ -53,12 +53,12 @@ def reference_weights(learner):
 
 
 def shares_of(groups):
-    return [batcher.Share(group, (0.0,) * len(group.rewards), (0.0,) * len(group.rewards)) for group in groups]
+    return [layouts.Share(group, (0.0,) * len(group.rewards), (0.0,) * len(group.rewards)) for group in groups]
 
 
 def divergence(learner, groups=GROUPS):
     """Mean of half the squared difference of log-probabilities: 0 where policy and reference agree."""
-    packed = batcher.pack(shares_of(groups), 1)
+    packed = layouts.pack(shares_of(groups), 1)
     with torch.no_grad():
         logprobs = learner.policy(*packed.inputs, 0.8)[0]
         learner.policy.reshard()

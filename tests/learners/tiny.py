@@ -8,15 +8,17 @@ import random
 import traceback
 from collections.abc import Callable, Sequence
 
+import msgspec
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from learners.batcher import BatchPlan
 from learners.learner import Learner, LearnerSettings
 from rl.algorithm_config import AlgorithmSection
 from rl.codec import entry_of
 from rl.config import LearnerSection
 from rl.orders import StepOrder
-from rl.trajectory import Completion, Group, Prompt, Trajectory, VersionSpan
+from rl.trajectory import Completion, Group, GroupEntry, Prompt, Trajectory, VersionSpan
 
 VOCABULARY = 61
 
@@ -108,6 +110,18 @@ def make_learner(
     """A learner that fetches from these groups."""
     by_id = {group.group_id: group for group in groups}
     return Learner(settings, rank, world_size, lambda ids: [by_id[group_id] for group_id in ids], dtype=dtype)
+
+
+def plan_within(learner: Learner, entries: Sequence[GroupEntry], ranks: int, budget: int) -> BatchPlan:
+    """The learner's plan, for so many ranks, with forward passes of at most `budget` padded tokens."""
+    options = msgspec.structs.replace(
+        learner._settings, learner=learner._settings.learner.model_copy(update={"micro_batch_tokens": budget})
+    )
+    before, learner._settings = learner._settings, options
+    try:
+        return learner._plan_for(entries, ranks)
+    finally:
+        learner._settings = before
 
 
 def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -151,3 +151,12 @@ def test_a_run_whose_checkpoints_do_not_fit_on_the_disk_is_refused_with_bytes_an
 def test_a_run_with_fewer_saves_than_it_may_keep_needs_the_disk_of_those_only():
     assert checkpoints_at_once(config_with("run.steps=5", "checkpoint.every_steps=10", "checkpoint.keep=2")) == 1
     assert checkpoints_at_once(config_with("run.steps=40", "checkpoint.every_steps=10", "checkpoint.keep=2")) == 3
+
+
+def test_with_a_row_for_each_answer_a_micro_batch_must_hold_the_longest_context_only():
+    longest = config_with().model.max_context_tokens
+    config = config_with("learner.packing=per_answer", f"learner.micro_batch_tokens={longest}")
+    assert longest_group_tokens(config) == longest
+    with pytest.raises(ValueError, match=f"packing per_answer.*raise it to {longest}"):
+        config_with("learner.packing=per_answer", f"learner.micro_batch_tokens={longest - 1}")
+    assert "before each answer" in str(arithmetic(config, cores=2))

@@ -68,6 +68,7 @@ def test_a_group_and_its_entry_survive_the_wire_exactly(group: Group) -> None:
     entry = entry_of(group, len(payload))
     assert decode_entry(encode_entry(entry)) == entry
     assert (entry.num_tokens, entry.oldest_version) == (group.num_tokens, group.oldest_version)
+    assert decode_entry(encode_entry(entry)).rewards == group.rewards
     assert entry.scored == tuple(reward is not None for reward in group.rewards)
     assert entry.payload_bytes == len(payload)
 
@@ -81,7 +82,7 @@ ENTRY = GroupEntry(
     oldest_version=3,
     prompt_tokens=11,
     completion_tokens=(4, 5),
-    scored=(True, False),
+    rewards=(0.1, None),
     payload_bytes=99,
     finished_at=1.5,
 )
