@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import pathlib
 from collections.abc import Awaitable, Callable
@@ -42,7 +41,7 @@ class Board:
         self.newest: WeightUpdate | None = None
         self.payload_of: Callable[[WeightUpdate], Any] | None = None
         self._run_id = run_id
-        self._pinned: pathlib.Path | None = None
+        self._pinned: set[pathlib.Path] = set()
         self._bell = asyncio.Event()
 
     def ring(self) -> None:
@@ -57,19 +56,13 @@ class Board:
     def show(self, update: WeightUpdate) -> WeightUpdate:
         """Make an update the newest, and return it as members shall load it.
 
-        Learners remove a file when two newer ones are written, and with their restart. A second name (a hard link)
-        keeps the newest that generators were told of readable, at no cost in memory while the first name is there.
+        Learners remove files when two newer versions are written, and with their restart. A second name (a hard link)
+        keeps those of the newest that generators were told of readable, at no cost in memory while the first is there.
         """
-        old, self._pinned = self._pinned, None
-        if update.path is not None:
-            path = pathlib.Path(update.path)
-            pinned = path.with_name(f"slipstream-{self._run_id}-pinned-{update.version}.safetensors")
-            with contextlib.suppress(OSError):  # the file lies on another node, or in a file system without links
-                pinned.unlink(missing_ok=True)
-                os.link(path, pinned)
-                self._pinned = pinned
-                update = msgspec.structs.replace(update, path=str(pinned))
-        if old is not None and old != self._pinned:
+        before, self._pinned = self._pinned, set()
+        path, delta_path = (self._pin(each, update.version) for each in (update.path, update.delta_path))
+        update = msgspec.structs.replace(update, path=path, delta_path=delta_path)
+        for old in before - self._pinned:
             old.unlink(missing_ok=True)
         self.newest = update
         self.ring()
@@ -83,6 +76,20 @@ class Board:
         return self.payload_of(update)
 
     def close(self) -> None:
-        """Let go of the newest update's file."""
-        if self._pinned is not None:
-            self._pinned.unlink(missing_ok=True)
+        """Let go of the newest update's files."""
+        for pinned in self._pinned:
+            pinned.unlink(missing_ok=True)
+
+    def _pin(self, path: str | None, version: int) -> str | None:
+        """The second name of a file of this version, or its first where it cannot have one."""
+        if path is None:
+            return None
+        file = pathlib.Path(path)
+        pinned = file.with_name(f"slipstream-{self._run_id}-pinned-{version}{file.suffix}")
+        try:
+            pinned.unlink(missing_ok=True)
+            os.link(file, pinned)
+        except OSError:  # the file lies on another node, or in a file system without links
+            return path
+        self._pinned.add(pinned)
+        return str(pinned)

@@ -127,7 +127,8 @@ class Member:
     async def sample(self, method: str, hand: Sequence[Any], *arguments: Any) -> Any:
         """Have a hand of draws or prompts answered; raises MemberDied with the hand unanswered."""
         try:
-            with self.workload.holding(len(hand)):
+            expected = [each.expected_tokens if isinstance(each, Draw) else 0.0 for each in hand]
+            with self.workload.holding(len(hand), sum(expected) if all(expected) else 0.0):
                 answer = await self.call(method, hand[0] if method == "rollout" else hand, *arguments)
             if isinstance(hand[0], Draw):
                 self._fruitless = 0
@@ -137,7 +138,8 @@ class Member:
 
     async def take(self, update: WeightUpdate) -> UpdateReceipt:
         """Load an update; whoever called verifies the receipt."""
-        receipt = await self.call("update", update, self._board.payload(update, self.node))
+        fitting = update.for_holder(self.held, self.node)
+        receipt = await self.call("update", fitting, self._board.payload(fitting, self.node))
         self.held = update
         self._board.ring()
         return receipt

@@ -1,18 +1,15 @@
 """This file is what Slipstream adds to vLLM's worker process: weight-transfer engines that verify what they receive.
 
-Two backends in vLLM's own registry. `slipstream_shared_memory` reads a safetensors file; `slipstream_nccl` is vLLM's
-NCCL engine with books kept. Both digest the very bytes they hand to `load_weights`, compare them with what the sender
-said, and check that every parameter of the model was filled. An update that fails leaves the engine either as it was
-or, if loading had begun, `torn`: then it must not sample until a complete update has arrived.
+Two backends in vLLM's own registry. `slipstream_shared_memory` reads a file, before the engine is paused where it is
+told of it in time; `slipstream_nccl` is vLLM's NCCL engine with books kept. Both digest the very bytes they hand to
+`load_weights`, compare them with what the sender said, and check that every parameter of the model was filled. An
+update that fails leaves the engine either as it was or, if loading had begun, `torn`: then it must not sample until a
+complete update has arrived.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import select
-import signal
-import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +17,6 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -32,7 +28,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from rl.weights import TensorDigest, digest_of, verify_tensors
+from actors.kept_weights import KeptWeights
+from rl.weights import TensorDigest, combined, digest_of, verify_tensors
 
 BACKENDS = {"shared_memory": "slipstream_shared_memory", "nccl": "slipstream_nccl"}
 
@@ -122,10 +119,19 @@ class SharedMemoryInit(WeightTransferInitInfo):
 
 @dataclass
 class SharedMemoryUpdate(WeightTransferUpdateInfo):
-    """A safetensors file of this node, and what the sender says is in it (TensorDigest as plain values)."""
+    """A file of this node, whole or a delta, and what the sender says it makes (TensorDigest as plain values)."""
 
     path: str
     tensors: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An update that was found to be what was sent; its tensors keep the file mapped, whatever becomes of its name."""
+
+    path: str
+    tensors: dict[str, torch.Tensor]
+    received: list[TensorDigest]
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
@@ -137,9 +143,19 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     def __init__(self, *vllm_parts: Any) -> None:
         super().__init__(*vllm_parts)
         self.books = Books()
+        self._kept = KeptWeights()
+        self._prepared: Prepared | None = None
 
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
         """Nothing to set up: each update names its file."""
+
+    def prepare(self, update_info: dict[str, Any]) -> None:
+        """Read and verify an update ahead of receiving it; a thread beside the engine's may, for the model is not used.
+
+        Raises WeightUpdateError, and OSError, where it is not what was sent.
+        """
+        self._prepared = None  # an update that was never received
+        self._prepared = self._verified(self.parse_update_info(update_info))
 
     def start_weight_update(self) -> None:
         """Nothing yet: the model stays as it is until the file has been verified."""
@@ -151,15 +167,16 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
-        """Verify the file, then load it. A file that is not what was sent leaves the model untouched."""
-        sent = msgspec.convert(update_info.tensors, list[TensorDigest])
-        with safe_open(update_info.path, "pt") as file:
-            tensors = [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118  not a mapping
-        self.books = Books(parameter_names(self.model), digest_all(tensors), torn=self.books.torn)
-        verify_tensors(sent, self.books.received)
+        """Load what was prepared, or else read it now. A file that is not what was sent leaves the model untouched."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is None or prepared.path != update_info.path:
+            prepared = self._verified(update_info)
+        sent = _sent(update_info)
+        verify_tensors(sent, prepared.received)  # once more: it may have been prepared for another update
+        self.books = Books(parameter_names(self.model), prepared.received, torn=self.books.torn)
         initialize_layerwise_reload(self.model)
         try:
-            self.books.load(self.model, tensors)
+            self.books.load(self.model, list(prepared.tensors.items()))
             self.books.verify(self.model, sent)
         except BaseException:
             # Else the next update would count on top of this one's half-filled layers.
@@ -172,7 +189,19 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         self.books.torn = False
 
     def shutdown(self) -> None:
-        """Nothing is held between updates."""
+        """Nothing to end: what is held between updates are tensors."""
+
+    def _verified(self, update: SharedMemoryUpdate) -> Prepared:
+        tensors, keep = self._kept.read(update.path)
+        received = digest_all(tensors.items())
+        verify_tensors(_sent(update), received)
+        if keep:
+            self._kept.keep(combined(received), tensors)
+        return Prepared(update.path, tensors, received)
+
+
+def _sent(update: SharedMemoryUpdate | VerifiedNcclUpdate) -> list[TensorDigest]:
+    return msgspec.convert(update.tensors, list[TensorDigest])
 
 
 @dataclass
@@ -204,6 +233,9 @@ class VerifiedNcclEngine(NCCLWeightTransferEngine):
         super().__init__(*vllm_parts)
         self.books = Books()
 
+    def prepare(self, update_info: dict[str, Any]) -> None:
+        """Nothing can be: a broadcast needs both sides at once."""
+
     def start_weight_update(self) -> None:
         """As vLLM does, with new books."""
         self.books = Books(parameter_names(self.model), torn=True)
@@ -215,7 +247,7 @@ class VerifiedNcclEngine(NCCLWeightTransferEngine):
         self.model = _Inbox(model, self.books)
         try:
             super().receive_weights(update_info)
-            self.books.verify(model, msgspec.convert(update_info.tensors, list[TensorDigest]))
+            self.books.verify(model, _sent(update_info))
         except BaseException:
             finalize(model, self.model_config)
             raise
@@ -228,31 +260,6 @@ class VerifiedNcclEngine(NCCLWeightTransferEngine):
         self.books.torn = False
 
 
-def _end_with(owner: int, core: int) -> None:
-    select.select([owner], [], [])  # a pidfd is readable when its process has ended
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(core, signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class WorkerExtension:
-    """Mixed into vLLM's worker (worker_extension_cls); its methods answer collective_rpc."""
-
-    def slipstream_processes(self) -> tuple[int, int]:
-        """Process ids of this worker and of its parent, which is vLLM's engine core unless the two are one."""
-        return os.getpid(), os.getppid()
-
-    def slipstream_follow(self, owner: int) -> None:
-        """End this worker and the engine core when process `owner` is gone: vLLM's core would run on for nobody."""
-        pidfds = os.pidfd_open(owner), os.pidfd_open(os.getppid())
-        threading.Thread(target=_end_with, args=pidfds, daemon=True, name="follows its owner").start()
-
-    def slipstream_received(self) -> dict[str, Any]:
-        """The books of the latest update, as plain values."""
-        books = self.weight_transfer_engine.books
-        return {"tensors": msgspec.to_builtins(books.received), "torn": books.torn}
-
-
-# The one import-time effect: vLLM imports this module in the worker, for the extension, before it looks up the backend.
+# The one import-time effect: vLLM's worker imports this module with the extension, before it looks up the backend.
 WeightTransferEngineFactory.register_engine(BACKENDS["shared_memory"], SharedMemoryEngine)
 WeightTransferEngineFactory.register_engine(BACKENDS["nccl"], VerifiedNcclEngine)

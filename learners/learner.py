@@ -18,7 +18,8 @@ from torch import Tensor
 from learners import batcher, checkpoint, optimizer, weight_sender
 from learners.algorithms import find_algorithm
 from learners.background_save import BackgroundSave
-from learners.gradient import BatchGradient, batch_rewards
+from learners.blocks import BlockOptions
+from learners.gradient import BatchGradient
 from learners.model import HeadDtype, Policy, join_ranks, load_policy, score_sequence
 from learners.optimizer import NonFiniteGradient
 from learners.policy_health import TokenFacts
@@ -27,10 +28,10 @@ from learners.stopwatch import Stopwatch
 from rl.algorithm_config import AlgorithmSection
 from rl.config import Guardrail, LearnerSection
 from rl.guardrails import STEP_ACTIONS, Guardrails, Trip
-from rl.metrics import Metrics, last, mean
+from rl.metrics import Metrics, last, mean, total
 from rl.orders import StepOrder, StepReport
 from rl.trajectory import Group, GroupEntry
-from rl.weights import NcclGroup, WeightUpdate, combined, digest_of
+from rl.weights import NcclGroup, WeightUpdate, digest_of
 
 if TYPE_CHECKING:
     from learners.nccl_sender import NcclSender
@@ -61,6 +62,7 @@ class LearnerSettings(msgspec.Struct, frozen=True, kw_only=True):
     algorithm: AlgorithmSection
     head_dtype: HeadDtype = "bfloat16"
     guardrails: dict[str, Guardrail] = {}
+    transport: Literal["auto", "dense", "delta"] = "auto"
 
 
 class Learner:
@@ -94,13 +96,14 @@ class Learner:
         options = settings.learner
         self._optimizer = optimizer.adamw(self.policy.parameters(), options.betas, options.weight_decay)
         num_bytes = sum(parameter.numel() for parameter in self.policy.parameters()) * self._compute_dtype.itemsize
-        self._files = weight_sender.SharedMemoryFiles(settings.run_id, num_bytes)
+        self._files = weight_sender.SharedMemoryFiles(settings.run_id, num_bytes, settings.transport)
         self._saves = BackgroundSave(settings.model_dir, self._compute_dtype, settings.deadline_s)
         self._stopwatch = Stopwatch(settings.device)
         self._gradient = BatchGradient(
             self.policy, self._reference, self._algorithm, settings.temperature, self._stopwatch
         )
         self._steps_done = 0
+        self._gate_is_due = False
         self._moved = False
         self._nccl: NcclSender | None = None
         self._to_send: tuple[int, dict[str, Tensor]] = (0, {})
@@ -108,7 +111,8 @@ class Learner:
     def step(self, order: StepOrder) -> StepReport:
         """One optimizer step on a batch. The metrics cover all ranks and come from rank 0; the others report none.
 
-        seconds covers everything since the last report, publishing and checkpoints included.
+        A batch without any gradient makes none, but a version all the same. What is averaged over tokens covers those
+        that were computed. seconds covers everything since the last report, publishing and checkpoints included.
 
         Raises ValueError for the first step's gate, a payload that is not what its entry promised, or a batch with
         nothing to train on; NonFiniteGradient. The weights have not moved then.
@@ -118,12 +122,12 @@ class Learner:
             groups = self._fetch_mine(order.entries, plan)
         metrics = self.accumulate_gradient(order, plan, groups)
         with self._stopwatch.measure("step"):
-            moved, trips = self._move(metrics)
+            moved, trips = self._move(metrics) if plan.computed_tokens else self._stay()
         return StepReport(
             step=order.step,
             version=order.version + 1,
             metrics=metrics | moved if self._rank == 0 else {},
-            batch_digest=self._batch_digest(len(order.entries), groups),
+            batch_digest=self._batch_digest(order.entries, plan, groups),
             num_tokens=plan.num_tokens,
             seconds=self._stopwatch.take(),
             trips=trips,
@@ -134,26 +138,27 @@ class Learner:
         return self._plan_for(entries, self._world_size)
 
     def _plan_for(self, entries: Sequence[GroupEntry], ranks: int) -> batcher.BatchPlan:
-        budget, aggregation = self._settings.learner.micro_batch_tokens, self._algorithm.aggregation
-        return batcher.plan_batch(entries, ranks, budget, aggregation, self._settings.max_tokens)
+        options = self._settings.learner
+        advantages = self._algorithm.advantages([entry.rewards for entry in entries])
+        weights = batcher.weigh(entries, self._algorithm.aggregation, self._settings.max_tokens)
+        hidden_size = self.policy.model.get_output_embeddings().weight.shape[1]
+        limits = batcher.RowLimits(options.micro_batch_tokens, hidden_size, options.packing)
+        return batcher.plan_batch(entries, advantages, weights, ranks, limits)
 
     def accumulate_gradient(self, order: StepOrder, plan: batcher.BatchPlan, groups: dict[int, Group]) -> Metrics:
         """Forward and backward of this rank's micro-batches; leaves the batch's gradient, summed over ranks, in place.
 
-        groups are this rank's, by their index in the order. Raises ValueError where the first step's gate closes.
+        groups are this rank's, by their index in the order. Raises ValueError where the first step's gate closes, which
+        is that of the first batch with something to compute.
         """
         self._optimizer.zero_grad(set_to_none=True)  # a step that raised has left its own
-        mine = {index: group.rewards for index, group in groups.items()}
-        rewards = batch_rewards([entry.scored for entry in order.entries], mine, self._device)
-        advantages = self._algorithm.advantage(rewards)
-        shares = [
-            [batcher.Share(groups[index], advantages[index], plan.weights[index]) for index in indices]
-            for indices in plan.micro_batches[self._rank]
-        ]
+        shares = plan.shares(self._rank, groups)
         facts, metrics = self._gradient.accumulate(shares, plan.rank_tokens, order.version)
-        if order.first:
+        due = order.first or self._gate_is_due
+        self._gate_is_due = due and not plan.computed_tokens
+        if due and plan.computed_tokens:
             self._first_step_gate(facts, order.version)
-        return metrics
+        return metrics | {"learner/trained/tokens": total(plan.num_tokens)}
 
     def _move(self, metrics: Metrics) -> tuple[Metrics, tuple[Trip, ...]]:
         """The optimizer step, unless a guardrail skips it. All ranks decide alike, since the metrics cover all of them.
@@ -182,12 +187,20 @@ class Learner:
             if self._reference is not None:
                 self._reference.follow(self.policy)
         self._moved = lr > 0 and grad_norm > 0
+        return self._move_metrics(grad_norm, lr, skipped), trips
+
+    def _stay(self) -> tuple[Metrics, tuple[Trip, ...]]:
+        """No step, where nothing has a gradient: AdamW would go on by its momentum. No guardrail has a say in it."""
+        self._moved = False
+        return self._move_metrics(0.0, 0.0, skipped=False), ()
+
+    def _move_metrics(self, grad_norm: float, lr: float, skipped: bool) -> Metrics:
         return {
             "learner/grad_norm": mean(grad_norm),
             "learner/lr": last(lr),
             "learner/ranks": last(self._world_size),  # a replay lays the batch out for as many
             "learner/skipped_step": mean(skipped),
-        }, trips
+        }
 
     def publish(self, version: int) -> WeightUpdate | None:
         """Gather the weights and offer them as this version: in shared memory, or for `send` once the rank has joined.
@@ -195,26 +208,23 @@ class Learner:
         Rank 0 describes the version; the others give None.
         """
         with self._stopwatch.measure("gather"):
-            tensors = self._whole_weights()
+            outgoing = self._begin_publishing(version) if self._rank == 0 else None
+            weight_sender.fill(outgoing, self.policy.model, self._compute_dtype)
         with self._stopwatch.measure("canary"):
             canary_logprobs = score_sequence(self.policy, self._settings.canary_token_ids)
-        if self._rank != 0:
+        if outgoing is None:
             return None
         with self._stopwatch.measure("send"):
-            digests = weight_sender.digest_tensors(tensors)
-            path = None if self._nccl else self._files.write(version, tensors)
-        self._to_send = (version, tensors if self._nccl else {})
+            written = self._files.finish(outgoing)
+        self._to_send = (version, outgoing.tensors)
         return WeightUpdate(
-            version=version,
+            **msgspec.structs.asdict(written),
             backend="nccl" if self._nccl else "shared_memory",
-            tensors=digests,
-            digest=combined(digests),
             canary_token_ids=self._settings.canary_token_ids,
             canary_logprobs=canary_logprobs,
-            path=path,
             node=self._settings.node,
-            num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
             moved=self._moved,
+            delta_here=self._settings.transport == "delta",
         )
 
     def join(self, group: NcclGroup) -> None:
@@ -267,11 +277,13 @@ class Learner:
         return {"reference": self._reference.state if self._reference else {}}
 
     def _load_policy(self, master: torch.dtype) -> Policy:
-        settings = self._settings
-        return load_policy(settings.model_dir, settings.device, master, self._compute_dtype, settings.head_dtype)
+        settings, options = self._settings, self._settings.learner
+        blocks = BlockOptions(options.packing, options.checkpoint_activations, options.compile)
+        dtypes = (master, self._compute_dtype, settings.head_dtype)
+        return load_policy(settings.model_dir, settings.device, *dtypes, blocks)
 
     def _fetch_mine(self, entries: Sequence[GroupEntry], plan: batcher.BatchPlan) -> dict[int, Group]:
-        wanted = sorted(index for indices in plan.micro_batches[self._rank] for index in indices)
+        wanted = plan.groups_of(self._rank)
         groups = self._fetch([entries[index].group_id for index in wanted]) if wanted else []
         for index, group in zip(wanted, groups, strict=True):
             batcher.check_payload(entries[index], group)
@@ -287,24 +299,38 @@ class Learner:
                 "the engine reports log-probabilities at rollout.temperature"
             )
 
+    def _begin_publishing(self, version: int) -> weight_sender.Outgoing:
+        if self._nccl:
+            return weight_sender.Outgoing(version)
+        return self._files.begin(version, weight_sender.plan_weights(self.policy.model, self._compute_dtype))
+
     def _whole_weights(self) -> dict[str, Tensor]:
         """All weights in the compute dtype on rank 0; nothing on the others."""
-        gathered = weight_sender.gather_weights(self.policy.model, self._compute_dtype, keep=self._rank == 0)
-        return dict(sorted(gathered))  # in the order of WeightUpdate.tensors, by which an nccl receiver cuts its stream
+        return dict(weight_sender.gather_weights(self.policy.model, self._compute_dtype, keep=self._rank == 0))
 
-    def _batch_digest(self, num_groups: int, groups: dict[int, Group]) -> str:
+    def _batch_digest(self, entries: Sequence[GroupEntry], plan: batcher.BatchPlan, groups: dict[int, Group]) -> str:
         """A digest of all that the gradient depends on, over all ranks: prompts, answers, log-probs, versions, rewards.
 
-        Group ids carry the run's and stay out: two runs of one seed that train on the same have the same digest.
+        Of a group that nobody computes that is its entry: lengths and rewards. Group ids carry the run's and stay out:
+        two runs of one seed that train on the same have the same digest.
         """
-        digests = torch.zeros(num_groups, 2, dtype=torch.int64, device=self._device)
-        for index, group in groups.items():
-            answers = [
-                (t.reward, each.token_ids, each.logprobs, each.spans, each.finish_reason)
-                for t in group.trajectories
-                for each in (t.completion,)
-            ]
-            content = msgspec.msgpack.encode((group.prompt.token_ids, answers))
-            digests[index] = torch.frombuffer(bytearray.fromhex(digest_of(content)), dtype=torch.int64)
+        contents = {index: _content_of(group) for index, group in groups.items()}
+        if self._rank == 0:
+            computed = {index for rank in range(len(plan.micro_batches)) for index in plan.groups_of(rank)}
+            left_out = set(range(len(entries))) - computed
+            contents |= {index: (entries[index].completion_tokens, entries[index].rewards) for index in left_out}
+        digests = torch.zeros(len(entries), 2, dtype=torch.int64, device=self._device)
+        for index, content in contents.items():
+            found = digest_of(msgspec.msgpack.encode(content))
+            digests[index] = torch.frombuffer(bytearray.fromhex(found), dtype=torch.int64)
         dist.all_reduce(digests)  # every group is one rank's, so the sum is a union
         return digest_of(digests.cpu().numpy().tobytes())
+
+
+def _content_of(group: Group) -> tuple[object, ...]:
+    answers = [
+        (t.reward, each.token_ids, each.logprobs, each.spans, each.finish_reason)
+        for t in group.trajectories
+        for each in (t.completion,)
+    ]
+    return group.prompt.token_ids, answers

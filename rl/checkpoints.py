@@ -19,7 +19,6 @@ from typing import Any
 import msgspec
 
 from rl.recorder import write_atomically
-from rl.weights import digest_of
 
 MARKER = "complete.json"
 HASHING_THREADS = 4  # hashing lets other threads run; more than the disk can feed would only disturb the trainer
@@ -72,7 +71,7 @@ def complete(folder: pathlib.Path, manifest: Manifest) -> Manifest:
     manifest = msgspec.structs.replace(manifest, files=dict(zip(names, digests, strict=True)))
     # the standard library's json: generators of random numbers have integers of more than 64 bits
     text = json.dumps(msgspec.to_builtins(manifest))
-    write_atomically(folder / MARKER, json.dumps({"digest": digest_of(text.encode()), "manifest": text}))
+    write_atomically(folder / MARKER, json.dumps({"digest": _digest_of(text), "manifest": text}))
     _sync_folder(folder)
     _sync_folder(folder.parent)
     return manifest
@@ -101,8 +100,8 @@ def read_manifest(folder: pathlib.Path) -> Manifest | None:
     try:
         content = json.loads(marker.read_bytes())
         text, digest = content["manifest"], content["digest"]
-        if digest_of(text.encode()) != digest:
-            raise ValueError(f"its digest is {digest_of(text.encode())}, it says {digest}")
+        if _digest_of(text) != digest:
+            raise ValueError(f"its digest is {_digest_of(text)}, it says {digest}")
         return msgspec.convert(json.loads(text), Manifest)
     except FileNotFoundError:
         return None
@@ -189,6 +188,10 @@ def _files_in(folder: pathlib.Path) -> list[str]:
     found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     kept = [path for path in found if not any(part.endswith(".partial") for part in path.parts)]
     return sorted(path.as_posix() for path in kept if path != pathlib.Path(MARKER))
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _digest(path: pathlib.Path, sync: bool = False) -> FileDigest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from rl.metrics import Metrics, last
 from rl.parts import LearnersLost, Parts, Plan
 from rl.shared import Shared
 from rl.waits import within
@@ -37,6 +38,17 @@ class Delivery:
         self._new_weights.set()
         if self.offered.path is None:  # nccl: the senders take part in the transfer, so the next step waits for it
             await within(self.until_delivered(version), deadline_s, what, "the generators")
+
+    async def offer_if_due(self, version: int) -> None:
+        """Offer every weights.every_steps-th version, counted from the last one offered, and those to be evaluated.
+
+        The last one itself is due again after a rollback: it was made anew.
+        """
+        plan, offered = self.plan, self.offered
+        evaluated = version % plan.evaluation.every_steps == 0 or version == plan.run.steps
+        skipped = offered is not None and offered.version < version < offered.version + plan.weights_every_steps
+        if evaluated or not skipped:
+            await self.offer(version)
 
     async def loop(self) -> None:
         """Deliver the newest offered weights, whenever nothing else holds the engines."""
@@ -76,11 +88,20 @@ class Delivery:
             version=update.version,
             digest=update.digest,
             bytes=update.num_bytes,
+            transport="delta" if update.delta_path else "dense",
+            delta_bytes=update.delta_bytes,
             generators=[receipt.generator for receipt in receipts],
             canary_gap_nats=max(gaps, default=None),
             seconds=[receipt.seconds for receipt in receipts],
             **again,
         )
+
+    def metrics(self) -> Metrics:
+        """Bytes of the newest delivered version, as one travels to another node: a delta's where there is one."""
+        update = self._delivered
+        if update is None:
+            return {}
+        return {"weights/update/bytes": last(update.delta_bytes if update.delta_path else update.num_bytes)}
 
     async def until_delivered(self, version: int) -> None:
         """Wait until every working generator holds `version` or a newer one. Raises LearnersLost if its sender died."""

@@ -80,6 +80,7 @@ class Plan:
     start_step: int
     guardrails: Mapping[str, Guardrail]
     long_tail: Literal["continue", "drop"] = "continue"
+    weights_every_steps: int = 1
 
 
 @dataclass(frozen=True)

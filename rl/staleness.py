@@ -21,7 +21,8 @@ class Gate:
     A tightened gate uses allowed_lag < L above, which makes the quota smaller and breaks none of this.
 
     Nothing waits for ever: with nothing running and fewer than N groups waiting, room(version) is at least 1 once the
-    generators confirmed the learner's version.
+    generators confirmed a version that is at most allowed_lag behind the learner's. That is why weights.every_steps
+    must not exceed max_lag + 1.
     """
 
     def __init__(self, max_lag: int, groups_per_step: int) -> None:

@@ -7,10 +7,10 @@ sequence both sides score, shows that the engine computes with them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 
 import msgspec
+from blake3 import blake3
 
 
 class WeightUpdateError(RuntimeError):
@@ -32,6 +32,10 @@ class WeightUpdate(msgspec.Struct, frozen=True, kw_only=True):
     digest is `combined(tensors)`. canary_logprobs [C-1] are the learner's log-probabilities, in nats at temperature 1,
     of canary_token_ids [C] after the first. path is the safetensors file in the shared memory of `node`; None where
     the tensors travel by nccl. moved is False where the optimizer step changed no weight, so equal digests are right.
+
+    delta_path is the file beside it that holds only what differs from version base_version, whose digest is
+    base_digest; None where there is no base, or the delta would be no smaller. Generators on the node of the sender
+    read the whole file in place, which is faster, unless delta_here. num_bytes and delta_bytes are the files' contents.
     """
 
     version: int
@@ -44,6 +48,18 @@ class WeightUpdate(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     num_bytes: int
     moved: bool = True
+    base_version: int | None = None
+    base_digest: str = ""
+    delta_path: str | None = None
+    delta_bytes: int = 0
+    delta_here: bool = False
+
+    def for_holder(self, held: WeightUpdate | None, node: str) -> WeightUpdate:
+        """This update as a generator on `node` loads it, which holds `held`: path is the delta's where that serves."""
+        wanted = self.delta_path is not None and (self.delta_here or node != self.node)
+        if not wanted or held is None or held.digest != self.base_digest:
+            return self
+        return msgspec.structs.replace(self, path=self.delta_path)
 
 
 class NcclGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,8 +99,8 @@ class UpdateReceipt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def digest_of(buffer: bytes | memoryview) -> str:
-    """BLAKE2b-128 of raw bytes, in hexadecimal. A memoryview must be C-contiguous, such as `uint8_array.data`."""
-    return hashlib.blake2b(buffer, digest_size=16).hexdigest()
+    """BLAKE3 of raw bytes, 128 bits in hexadecimal. A memoryview must be C-contiguous, such as `uint8_array.data`."""
+    return blake3(buffer).hexdigest(length=16)
 
 
 def combined(tensors: Iterable[TensorDigest]) -> str:

@@ -1,6 +1,6 @@
-"""This file holds the tests of the verified NCCL receiver without NCCL: the broadcast is replaced, the books are real.
+"""This file tests the receivers on a model of two layers; for NCCL the broadcast is replaced, the books are real.
 
-Layerwise reloading on a real model, and the shared-memory receiver, are tested in test_vllm_engine.py.
+Layerwise reloading on a real model is tested in test_vllm_engine.py.
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
+from safetensors.torch import save_file
 from vllm.distributed.weight_transfer import nccl_engine
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
+from actors.kept_weights import KeptWeights
 from actors.vllm_engine import _update_info
-from actors.weight_receiver import BACKENDS, SharedMemoryEngine, VerifiedNcclEngine, digest_all, digest_tensor
-from rl.weights import WeightUpdate, WeightUpdateError, combined
+from actors.weight_receiver import BACKENDS, Books, SharedMemoryEngine, VerifiedNcclEngine, digest_all, digest_tensor
+from rl.weight_delta import BASE, GAPS, KEEP, VALUES, changes_between
+from rl.weights import TensorDigest, WeightUpdate, WeightUpdateError, combined
 
 
 class TwoLayers(torch.nn.Module):
@@ -112,6 +115,94 @@ def test_a_parameter_that_the_broadcast_leaves_out_is_named(engine, monkeypatch)
     broadcast(monkeypatch, weights)
     with pytest.raises(WeightUpdateError, match="filled by no received tensor: second.weight"):
         receive(engine, update_info(weights))
+
+
+@pytest.fixture
+def reader(model) -> SharedMemoryEngine:
+    reader = SharedMemoryEngine.__new__(SharedMemoryEngine)
+    reader.model, reader.model_config, reader.device = model, None, torch.device("cpu")
+    reader.books, reader._kept, reader._prepared = Books(), KeptWeights(), None
+    return reader
+
+
+def write_file(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> dict:
+    """The update_info of a file that holds these tensors."""
+    save_file(tensors, path, metadata=metadata)
+    return {"path": str(path), "tensors": msgspec.to_builtins(digest_all(tensors.items()))}
+
+
+def load(reader: SharedMemoryEngine, info: dict) -> None:
+    reader.start_weight_update()
+    reader.update_weights(info)
+    reader.finish_weight_update()
+
+
+def test_what_was_prepared_is_loaded_though_the_file_is_gone_or_another_by_now(reader, model, tmp_path):
+    weights = new_weights()
+    info = write_file(tmp_path / "update", weights)
+    reader.prepare(info)
+    assert model.first.weight.tolist() != weights["first.weight"].tolist() and not reader.books.received
+    (tmp_path / "update").unlink()
+    (tmp_path / "update").write_bytes(b"another")
+    load(reader, info)
+    assert model.first.weight.tolist() == weights["first.weight"].tolist()
+    assert reader.books.received == digest_all(sorted(weights.items())) and not reader.books.torn
+
+
+def test_an_update_that_was_not_prepared_is_verified_when_it_is_received(reader, model, tmp_path):
+    reader.prepare(write_file(tmp_path / "overtaken", {name: tensor * 0 for name, tensor in new_weights().items()}))
+    load(reader, write_file(tmp_path / "update", new_weights()))
+    assert model.second.weight.tolist() == new_weights()["second.weight"].tolist()
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_file_of_other_bytes_is_named_and_leaves_the_model_untouched(reader, model, tmp_path, ahead):
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    info = write_file(tmp_path / "update", new_weights())
+    save_file(new_weights() | {"second.weight": torch.zeros(2, 2)}, tmp_path / "update")
+    with pytest.raises(WeightUpdateError, match="other bytes than were sent: second.weight"):
+        reader.prepare(info) if ahead else load(reader, info)
+    assert not reader.books.torn
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_what_was_prepared_for_other_digests_is_refused(reader, tmp_path):
+    info = write_file(tmp_path / "update", new_weights())
+    reader.prepare(info)
+    other = write_file(tmp_path / "other", {name: tensor + 1 for name, tensor in new_weights().items()})
+    with pytest.raises(WeightUpdateError, match="other bytes than were sent: first.weight, second.weight"):
+        load(reader, info | {"tensors": other["tensors"]})
+
+
+def write_delta(path, base: dict, new: dict, digest: str, extra_bits: int = 0) -> dict:
+    """The update_info of a delta between two versions that differ in second.weight; extra_bits spoil its last value."""
+    bits = [each["second.weight"].view(torch.uint32).flatten().numpy() for each in (base, new)]
+    gaps, values = changes_between(*bits)
+    values[-1] += extra_bits
+    arrays = {GAPS: torch.from_numpy(gaps), VALUES: torch.from_numpy(values)}
+    save_file({"second.weight" + end: array for end, array in arrays.items()}, path, metadata={BASE: digest})
+    return {"path": str(path), "tensors": msgspec.to_builtins(digest_all(new.items()))}
+
+
+def test_a_delta_is_loaded_on_the_version_that_was_kept_and_verified_as_if_it_had_come_whole(reader, model, tmp_path):
+    base, new = new_weights(), new_weights() | {"second.weight": torch.tensor([[7.0, 7.0], [-1.0, 7.0]])}
+    info = write_file(tmp_path / "base", base, {KEEP: "true"})
+    load(reader, info)
+    digest = combined(msgspec.convert(info["tensors"], list[TensorDigest]))
+    with pytest.raises(WeightUpdateError, match="other bytes than were sent: second.weight"):
+        load(reader, write_delta(tmp_path / "spoilt", base, new, digest, extra_bits=1))
+    assert model.second.weight.tolist() == base["second.weight"].tolist() and not reader.books.torn
+    sent = write_delta(tmp_path / "delta", base, new, digest)
+    reader.prepare(sent)
+    load(reader, sent)
+    assert model.second.weight.tolist() == new["second.weight"].tolist()
+    assert model.first.weight.tolist() == new["first.weight"].tolist()
+    with pytest.raises(WeightUpdateError, match="load a whole version first"):
+        reader.prepare(sent)  # what is kept now is the new version
+
+
+def test_for_nccl_nothing_is_prepared(engine):
+    engine.prepare(update_info(new_weights()))
 
 
 def test_digests_are_of_the_bytes_in_row_major_order():

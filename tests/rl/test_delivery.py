@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 
 import msgspec
 import pytest
 
+from rl.config import EvaluationSection
 from rl.delivery import Delivery
 from rl.parts import LearnersLost
 from rl.weights import WeightUpdateError
@@ -40,16 +42,28 @@ async def test_a_version_that_was_overtaken_while_the_engines_were_held_is_skipp
     assert run.parts.generators.updates == [2] and run.shared.sampling_version == 2
 
 
+async def test_of_every_third_step_the_weights_are_offered_and_before_each_evaluation_and_at_the_end(run):
+    evaluation = EvaluationSection(every_steps=5)
+    plan = dataclasses.replace(run.plan, weights_every_steps=3, evaluation=evaluation)
+    delivery, offered = Delivery(plan, run.parts, run.shared), []
+    await delivery.offer(0)
+    for version in range(1, 7):
+        run.parts.learners.version = version
+        await delivery.offer_if_due(version)
+        offered.append(delivery.offered.version)
+    assert plan.run.steps == 6 and offered == [0, 0, 3, 3, 5, 6]
+
+
 async def test_versions_made_again_after_a_rollback_are_not_sent_until_they_catch_up(run):
     run.parts.learners.version = 3
     await run.delivery.offer(3)
     await until_delivered(run.delivery, 3)
     for version in (1, 2, 3):
         run.parts.learners.version = version
-        await run.delivery.offer(version)
+        await run.delivery.offer_if_due(version)
     await asyncio.wait_for(until_delivered(run.delivery, 3), 5)
     run.parts.learners.version = 4
-    await run.delivery.offer(4)
+    await run.delivery.offer_if_due(4)
     await until_delivered(run.delivery, 4)
     assert run.parts.generators.updates[0] == 3 and set(run.parts.generators.updates) == {3, 4}
 
@@ -74,6 +88,20 @@ async def test_a_frozen_sender_is_refused_but_not_a_generator_that_joins_at_the_
     (receipt,) = await run.parts.generators.update(frozen)
     with pytest.raises(WeightUpdateError, match="the sender is frozen"):
         run.delivery.verify(frozen, receipt)
+
+
+async def test_what_was_moved_is_told_with_the_event_and_in_the_metrics(run):
+    assert run.delivery.metrics() == {}
+    await run.delivery.offer(0)
+    await until_delivered(run.delivery, 0)
+    assert verified(run)[0]["transport"] == "dense" and run.delivery.metrics()["weights/update/bytes"].value == 2
+    run.parts.learners.version = 1
+    await run.delivery.offer(1)
+    run.delivery.offered = msgspec.structs.replace(run.delivery.offered, delta_path="/nowhere", delta_bytes=1)
+    await until_delivered(run.delivery, 1)
+    told = verified(run)[1]
+    assert (told["transport"], told["bytes"], told["delta_bytes"]) == ("delta", 2, 1)
+    assert run.delivery.metrics()["weights/update/bytes"].value == 1
 
 
 async def test_no_generator_being_there_does_not_hold_a_version_up(run):

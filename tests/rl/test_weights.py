@@ -98,6 +98,25 @@ def test_a_digest_is_of_the_bytes_whatever_holds_them():
     assert digest_of(b"abcd") == digest_of(memoryview(bytearray(b"abcd"))) != digest_of(b"abce")
 
 
+@pytest.mark.parametrize(
+    "held, node, here, path",
+    [
+        ("base", "there", False, "delta"),
+        ("base", "here", False, "whole"),
+        ("base", "here", True, "delta"),
+        ("another", "there", True, "whole"),
+        (None, "there", True, "whole"),
+    ],
+)
+def test_a_delta_is_for_those_who_hold_its_base_and_do_not_see_the_whole_file(held, node, here, path):
+    delta = {"path": "whole", "delta_path": "delta", "base_version": 0, "base_digest": "base", "delta_here": here}
+    update = make_update(**delta)
+    holds = make_update(version=0, digest=held) if held else None
+    fitting = update.for_holder(holds, node)
+    assert fitting.path == path and fitting.tensors == update.tensors
+    assert make_update(path="whole").for_holder(holds, node).path == "whole"
+
+
 def test_an_update_survives_the_wire():
     update = make_update()
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(update), type=WeightUpdate) == update
