@@ -258,6 +258,29 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @application.command()
+def plan(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    from_run: Annotated[str | None, typer.Option("--from", help="a run to fit costs to: its id or directory")] = None,
+    costs: Annotated[str | None, typer.Option(help="a JSON or YAML file of costs, as --write makes it")] = None,
+    devices: Annotated[int | None, typer.Option(min=2, help="GPUs, or CPU cores, to share out")] = None,
+    gpu: Annotated[str, typer.Option(help="a100, h100 or h200: what a guess goes by")] = "h100",
+    write: Annotated[str | None, typer.Option(help="a file to write the costs to")] = None,
+) -> None:
+    """Predict a run's pace, who waits for whom, and the best split of devices, by simulation. Starts nothing."""
+    from rl.plan_command import Asked
+    from rl.plan_command import plan as predict
+
+    console = Console(highlight=False)
+    try:
+        asked = Asked(from_run=from_run, costs=costs, devices=devices, gpu=gpu, write=write)
+        predict(load_config(config, overrides or []), asked, console)
+    except (ValueError, OSError) as error:
+        console.print(f"[bold red]refused[/bold red]  {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+
+
+@application.command()
 def doctor(config: ConfigArgument = "arithmetic", overrides: Overrides = None) -> None:
     """Look at this machine with a config's needs: what would stop the run, and how to mend it."""
     from rl.doctor import examine, render
