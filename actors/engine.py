@@ -19,7 +19,10 @@ class EngineDied(RuntimeError):
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How one engine is built. name is what errors call it; threads None leaves the choice to vLLM (CPU only)."""
+    """How one engine is built. name is what errors call it; threads None leaves the choice to vLLM (CPU only).
+
+    by_priority has requests start by SampleRequest.priority, else in the order of their arrival.
+    """
 
     name: str
     model_dir: str
@@ -33,12 +36,14 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     seed: int = 0
     head_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    by_priority: bool = False
 
 
 class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt to be answered `count` times. seed decides all samples; temperature 0 is greedy and needs count 1.
 
-    Of requests that wait, an engine starts those of the lowest priority number first, and of equals the oldest.
+    Of requests that wait, an engine with EngineSettings.by_priority starts those of the lowest priority first, and of
+    equals the oldest; others know no priority.
     """
 
     request_id: str
@@ -53,7 +58,7 @@ class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
 class LoadReceipt(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine received with an update; it stamps `version` on every token sampled from then on.
 
-    seconds maps a phase (pause, load, resume) to its wall time.
+    seconds maps a phase (prepare, beside the sampling and of a file alone; pause, load, resume) to its wall time.
     """
 
     version: int

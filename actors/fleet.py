@@ -34,12 +34,14 @@ __all__ = ["FleetHooks", "FleetSettings", "GeneratorFleet"]
 class GeneratorFleet:
     """All generators of a run. Every call raises GeneratorsLost once none is left that works or may come back."""
 
-    def __init__(self, launch: Launch, pace: Pace, board: Board, max_tokens: int) -> None:
+    def __init__(self, launch: Launch, pace: Pace, board: Board, max_tokens: int, longest_first: bool = False) -> None:
+        """longest_first deals a round out by what its draws are believed to take, not as it is given."""
         self.send: Send | None = None  # over nccl, the composition root says who broadcasts
         self._launch = launch
         self._pace = pace
         self._board = board
         self._max_tokens = max_tokens
+        self._longest_first = longest_first
         self._members: list[Member] = []
         self._lives: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
@@ -58,7 +60,9 @@ class GeneratorFleet:
             leave_deadline_s=settings.leave_deadline_s,
         )
         board = Board(hooks, settings.generator.run_id)
-        fleet = cls(functools.partial(RayProcess, settings), pace, board, settings.generator.max_tokens)
+        generator = settings.generator
+        longest_first = generator.order == "longest_first"
+        fleet = cls(functools.partial(RayProcess, settings), pace, board, generator.max_tokens, longest_first)
         await fleet.begin(count)
         return fleet
 
@@ -80,7 +84,7 @@ class GeneratorFleet:
     # Sampling
 
     async def rollout(self, draw: Draw) -> GroupReport:
-        """Have the working generator with the fewest draws in hand sample a group; if it dies, another."""
+        """Have the working generator with the least in hand sample a group; if it dies, another."""
         for _ in range(MAX_LOSSES):
             member = await self._until(self._least_loaded)
             try:
@@ -91,8 +95,16 @@ class GeneratorFleet:
         return _aborted(draw)
 
     async def rollout_round(self, draws: Sequence[Draw]) -> list[GroupReport]:
-        """Deal draws out in turn, so that the same round reaches the same generators in every run."""
-        return await self._deal("rollout_round", draws)
+        """Deal draws out in turn, so that the same round reaches the same generators in every run.
+
+        The reports come in the order of the draws. What a draw is believed to take was written down with it, so that a
+        round which starts with the longest is dealt out alike after a restart too.
+        """
+        places = range(len(draws))
+        if self._longest_first:
+            places = sorted(places, key=lambda place: -draws[place].expected_tokens)
+        reports = await self._deal("rollout_round", [draws[place] for place in places])
+        return [report for _, report in sorted(zip(places, reports, strict=True), key=lambda pair: pair[0])]
 
     async def cut_tails(self, oldest_version: int) -> None:
         """Give up the groups that began before `oldest_version`, wherever they are; their rollouts tell of it.
@@ -136,8 +148,10 @@ class GeneratorFleet:
         return [answers[place] for place in range(len(items))]
 
     def _least_loaded(self) -> Member | None:
+        """By the tokens that are expected of what each has in hand; by its number, where that is unknown of any."""
         working = [member for member in self._members if member.state == "working"]
-        return min(working, key=lambda member: member.workload.in_hand, default=None)
+        known = all(member.workload.expected_tokens is not None for member in working)
+        return min(working, key=lambda member: member.workload.load(known), default=None)
 
     def _takers(self) -> list[Member] | None:
         """Those a round is dealt to: who works, or did and is coming back. One that never worked may take minutes."""

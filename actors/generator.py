@@ -16,7 +16,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -40,6 +40,7 @@ from rewards.scorer import JudgeRequest, PartResult
 from rl.buffer import OversizeGroup
 from rl.config import Overlong
 from rl.orders import Draw, Graded
+from rl.time_ledger import TimeLedger
 from rl.trajectory import Completion, DropReason, Group, GroupReport, Prompt, RewardPart, Trajectory
 from rl.weights import NcclGroup, UpdateReceipt, WeightUpdate
 
@@ -68,6 +69,8 @@ class GeneratorSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     reward_weights maps a reward to its factor in the sum, reward_names a source to the rewards that judge it.
     first_answers, where given, are sampled and judged before the rest of the group. overlong penalises length.
+    order longest_first has the engine start what is believed to take longest, where requests wait. zero_advantage keep
+    publishes a group of equal rewards like any other, so that it counts in its batch.
     shared_memory is the folder that an update arriving as bytes is written to; run_id goes into the file's name.
     """
 
@@ -80,6 +83,8 @@ class GeneratorSettings(msgspec.Struct, frozen=True, kw_only=True):
     shared_memory: str = "/dev/shm"
     first_answers: int | None = None
     overlong: Overlong | None = None
+    order: Literal["arrival", "longest_first"] = "arrival"
+    zero_advantage: Literal["drop", "keep"] = "drop"
 
 
 class Generator:
@@ -95,6 +100,7 @@ class Generator:
         self._scorer = scorer
         self._buffer = buffer
         self._tails = Tails()
+        self._ledger = TimeLedger(("update", "sample", "judge", "publish"))
 
     @property
     def version(self) -> int:
@@ -111,10 +117,10 @@ class Generator:
         first = self._first_request(draw)
         with self._tails.running(draw.group_id, self._engine.version) as tail:
             trajectories = await self._answer(draw, first, seconds)
-            if first.count < self.settings.group_size and wants_more(trajectories) and not tail.is_cut:
+            if first.count < self.settings.group_size and self._wants_more(trajectories) and not tail.is_cut:
                 further = further_request(first, self.settings.group_size)
                 trajectories += await self._answer(draw, further, seconds)
-        dropped = drop_reason(trajectories)
+        dropped = self._drop_reason(trajectories)
         if tail.is_cut and dropped in (None, "aborted"):
             dropped = "stale"
         return await self._conclude(draw, trajectories, dropped, seconds)
@@ -129,14 +135,15 @@ class Generator:
         first = [self._first_request(draw) for draw in draws]
         judged = await self._answer_round(draws, first, seconds)
         size = self.settings.group_size
-        again = [at for at, each in enumerate(judged) if first[at].count < size and wants_more(each)]
+        again = [at for at, each in enumerate(judged) if first[at].count < size and self._wants_more(each)]
         if again:
             further = [further_request(first[at], size) for at in again]
             more = await self._answer_round([draws[at] for at in again], further, [seconds[at] for at in again])
             for at, each in zip(again, more, strict=True):
                 judged[at] += each
         answered = zip(draws, judged, seconds, strict=True)
-        return list(await asyncio.gather(*(self._conclude(draw, t, drop_reason(t), s) for draw, t, s in answered)))
+        concluding = (self._conclude(draw, t, self._drop_reason(t), s) for draw, t, s in answered)
+        return list(await asyncio.gather(*concluding))
 
     async def cut_tails(self, oldest_version: int) -> None:
         """Have the engine abort every group that began before `oldest_version`; their rollouts report them as stale."""
@@ -159,10 +166,12 @@ class Generator:
             )
             for number, prompt in enumerate(prompts)
         ]
-        answers = await self._engine.sample_round(requests)
-        judged = await asyncio.gather(
-            *(self._judge(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
-        )
+        with self._ledger.during("sample"):
+            answers = await self._engine.sample_round(requests)
+        with self._ledger.during("judge"):
+            judged = await asyncio.gather(
+                *(self._judge(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
+            )
         answered = zip(prompts, answers, judged, strict=True)
         return [graded_of(prompt, trajectory_of(answer, parts)) for prompt, (answer,), (parts,) in answered]
 
@@ -177,17 +186,18 @@ class Generator:
         version unmoved, where the weights did not arrive whole, and FileNotFoundError where the learners have removed
         the file because they have written newer ones.
         """
-        async with contextlib.AsyncExitStack() as stack:
-            if payload is not None:
-                path = await asyncio.to_thread(self._write, update.version, payload)
-                stack.callback(path.unlink, missing_ok=True)
-                update = msgspec.structs.replace(update, path=str(path))
-            if update.path is not None and not await asyncio.to_thread(os.path.exists, update.path):
-                raise FileNotFoundError(f"policy version {update.version} is no longer at {update.path}")
-            receipt = await self._engine.load(update)
-        seconds = dict(receipt.seconds)
-        with _timed(seconds, "canary"):
-            canary_logprobs = await self._engine.score(update.canary_token_ids)
+        with self._ledger.during("update"):
+            async with contextlib.AsyncExitStack() as stack:
+                if payload is not None:
+                    path = await asyncio.to_thread(self._write, update.version, payload)
+                    stack.callback(path.unlink, missing_ok=True)
+                    update = msgspec.structs.replace(update, path=str(path))
+                if update.path is not None and not await asyncio.to_thread(os.path.exists, update.path):
+                    raise FileNotFoundError(f"policy version {update.version} is no longer at {update.path}")
+                receipt = await self._engine.load(update)
+            seconds = dict(receipt.seconds)
+            with _timed(seconds, "canary"):
+                canary_logprobs = await self._engine.score(update.canary_token_ids)
         return UpdateReceipt(
             version=receipt.version,
             tensors=receipt.tensors,
@@ -221,17 +231,24 @@ class Generator:
     def _first_request(self, draw: Draw) -> SampleRequest:
         settings = self.settings
         count = settings.first_answers or settings.group_size
-        return sample_request(draw, count, settings.max_tokens, settings.temperature)
+        longest_first = settings.order == "longest_first"
+        return sample_request(draw, count, settings.max_tokens, settings.temperature, longest_first)
+
+    def _drop_reason(self, trajectories: Sequence[Trajectory]) -> DropReason | None:
+        return drop_reason(trajectories, self.settings.zero_advantage == "keep")
+
+    def _wants_more(self, first: Sequence[Trajectory]) -> bool:
+        return wants_more(first, self.settings.zero_advantage == "keep")
 
     async def _answer(self, draw: Draw, request: SampleRequest, seconds: dict[str, float]) -> tuple[Trajectory, ...]:
-        with _timed(seconds, "sample"):
+        with self._ledger.during("sample"), _timed(seconds, "sample"):
             completions = await self._engine.sample(request)
         return await self._trajectories(draw, completions, seconds)
 
     async def _answer_round(
         self, draws: Sequence[Draw], requests: Sequence[SampleRequest], seconds: Sequence[dict[str, float]]
     ) -> list[tuple[Trajectory, ...]]:
-        with contextlib.ExitStack() as stack:
+        with self._ledger.during("sample"), contextlib.ExitStack() as stack:
             for each in seconds:
                 stack.enter_context(_timed(each, "sample"))
             answers = await self._engine.sample_round(requests)
@@ -244,7 +261,7 @@ class Generator:
         """Judge the answers of a draw; those of one that was cut off are not worth it."""
         if is_aborted(completions):
             return tuple(unjudged(completion) for completion in completions)
-        with _timed(seconds, "judge"):
+        with self._ledger.during("judge"), _timed(seconds, "judge"):
             judged = await self._judge(draw.prompt, completions)
         penalised = zip(completions, judged, strict=True)
         return tuple(trajectory_of(each, (*parts, *self._penalty(each))) for each, parts in penalised)
@@ -275,9 +292,9 @@ class Generator:
             finished_at=time.time(),
         )
         if dropped is None:
-            with _timed(seconds, "publish"):
+            with self._ledger.during("publish"), _timed(seconds, "publish"):
                 dropped = await self._publish(group)
-        return report_of(group, dropped, seconds, self.index, self.settings.first_answers)
+        return report_of(group, dropped, seconds, self.index, self.settings.first_answers, self._ledger.take())
 
     async def _publish(self, group: Group) -> DropReason | None:
         """Put a group into the buffer; publishing it again after a lost answer changes nothing there."""

@@ -84,7 +84,10 @@ class GeneratorProcess:
             await scorer.start()
             buffer = await Buffer.connect(settings.redis_url, settings.generator.run_id, settings.limits)
             unless_all_start.push_async_callback(buffer.close)
-            engine = await VllmEngine.start(msgspec.structs.replace(settings.engine, name=f"generator {index}"))
+            by_priority = settings.generator.order == "longest_first"
+            engine = await VllmEngine.start(
+                msgspec.structs.replace(settings.engine, name=f"generator {index}", by_priority=by_priority)
+            )
             unless_all_start.pop_all()
         return Generator(engine, scorer, buffer, settings.generator, index)
 

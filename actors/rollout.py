@@ -25,7 +25,9 @@ from rl.trajectory import (
 FURTHER_SEEDS = 1 << 31  # draws have seeds below it, so that no second stage repeats the first of any draw
 
 
-def sample_request(draw: Draw, count: int, max_tokens: int, temperature: float) -> SampleRequest:
+def sample_request(
+    draw: Draw, count: int, max_tokens: int, temperature: float, longest_first: bool = False
+) -> SampleRequest:
     """What a draw asks of the engine, first."""
     return SampleRequest(
         request_id=draw.group_id,
@@ -34,6 +36,7 @@ def sample_request(draw: Draw, count: int, max_tokens: int, temperature: float) 
         max_tokens=max_tokens,
         temperature=temperature,
         seed=draw.seed,
+        priority=-int(draw.expected_tokens) if longest_first else 0,
     )
 
 
@@ -108,21 +111,24 @@ def is_aborted(completions: Iterable[Completion]) -> bool:
     return any(completion.finish_reason == "abort" for completion in completions)
 
 
-def drop_reason(trajectories: Sequence[Trajectory]) -> DropReason | None:
+def drop_reason(trajectories: Sequence[Trajectory], keep_equal: bool = False) -> DropReason | None:
     """Why nothing can be learnt from a group of these, or None.
 
-    A group teaches by the differences between its rewards: fewer than two of them are none, and equal ones cancel.
+    A group teaches by the differences between its rewards: fewer than two of them are none, and equal ones cancel;
+    keep_equal (rollout.zero_advantage) has the latter count in their batch all the same.
     """
     if is_aborted(trajectory.completion for trajectory in trajectories):
         return "aborted"
     rewards = [trajectory.reward for trajectory in trajectories if trajectory.reward is not None]
     if len(rewards) < 2:
         return "reward_failure"
-    return "zero_advantage" if len(set(rewards)) == 1 else None
+    return "zero_advantage" if len(set(rewards)) == 1 and not keep_equal else None
 
 
-def wants_more(first: Sequence[Trajectory]) -> bool:
+def wants_more(first: Sequence[Trajectory], keep_equal: bool = False) -> bool:
     """Whether the rest of a group is sampled, now that its first answers are judged: where their rewards differ.
+
+    A group that is kept also if its rewards are equal is always completed, and then nothing below biases anything.
 
     Where fewer than two of them could be judged, nothing shows that they do; and a judge that fails on a prompt once
     fails on its other answers as a rule. The group is then dropped as reward_failure, with nothing more paid for it.
@@ -144,7 +150,7 @@ def wants_more(first: Sequence[Trajectory]) -> bool:
     The mean over the answers of kept groups is no pass rate either: GroupReport.first_answers says which answers were
     sampled whatever the rewards. A belief that counts passes and failures may count all answers.
     """
-    return drop_reason(first) is None
+    return drop_reason(first, keep_equal) is None
 
 
 def report_of(
@@ -153,6 +159,7 @@ def report_of(
     seconds: dict[str, float],
     generator: int,
     first_answers: int | None = None,
+    ledger: dict[str, float] | None = None,
 ) -> GroupReport:
     """What the driver is told of a group. Its versions are -1 where not one token was sampled."""
     completions = [trajectory.completion for trajectory in group.trajectories]
@@ -173,6 +180,7 @@ def report_of(
         seconds=seconds,
         generator=generator,
         first_answers=first_answers,
+        ledger=ledger or {},
     )
 
 

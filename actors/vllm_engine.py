@@ -13,12 +13,13 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from typing import TypeVar
 
 import msgspec
-from vllm import AsyncEngineArgs, SamplingParams
-from vllm.config.weight_transfer import WeightTransferConfig
+from tokenizers import Tokenizer
+from transformers import TokenizersBackend
+from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -27,9 +28,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
+from actors.detokenise import Detokeniser
 from actors.engine import EngineDied, EngineSettings, LoadReceipt, SampleRequest
+from actors.engine_arguments import engine_arguments, engine_variables, environment
 from actors.watched_process import WatchedProcess
-from actors.weight_receiver import BACKENDS
 from rl.trajectory import Completion, VersionSpan
 from rl.waits import Silent, answered
 from rl.weights import NcclGroup, TensorDigest, WeightUpdate, WeightUpdateError
@@ -45,6 +47,7 @@ class VllmEngine:
         self.settings = settings
         self.version = 0
         self._llm = llm
+        self._detokeniser = Detokeniser(_backend(settings, llm.get_tokenizer()))
         self._turn = asyncio.Lock()  # admission, pause and update exclude each other
         self._rounds = asyncio.Lock()
         self._torn = False
@@ -56,11 +59,11 @@ class VllmEngine:
 
     @classmethod
     async def start(cls, settings: EngineSettings) -> VllmEngine:
-        """Start the engine's processes and load model_dir as version 0; takes half a minute on a CPU."""
-        with _environment(_variables(settings)):
-            llm = await asyncio.to_thread(AsyncLLM.from_engine_args, _engine_args(settings))
-        engine = cls(settings, llm)
+        """Start the engine's processes and load model_dir as version 0; takes a quarter of a minute on a CPU."""
+        with environment(engine_variables(settings)):
+            llm = await asyncio.to_thread(AsyncLLM.from_engine_args, engine_arguments(settings))
         try:
+            engine = cls(settings, llm)
             await engine._set_up()
         except BaseException:
             await asyncio.to_thread(llm.shutdown)
@@ -72,6 +75,7 @@ class VllmEngine:
         self._processes = tuple(WatchedProcess(pid) for pid in sorted(pids))
         self._deaths = [asyncio.create_task(process.ended.wait()) for process in self._processes]
         await self._alive(self._llm.collective_rpc("slipstream_follow", args=(os.getpid(),)))
+        await self._alive(self._llm.collective_rpc("slipstream_leave_out_ranks"))
         if self.settings.weight_backend == "shared_memory":
             await self._alive(self._llm.init_weight_transfer_engine(WeightTransferInitRequest()))
         await self._alive(self._llm.update_weight_version("0"))
@@ -87,7 +91,7 @@ class VllmEngine:
             queue = await self._alive(self._add(request, salt=str(self.version)))
             self._in_hand[request.request_id] = queue.request_id
         try:
-            return await self._finish(queue)
+            return await self._finish(request, queue)
         finally:
             self._in_hand.pop(request.request_id, None)
 
@@ -116,7 +120,7 @@ class VllmEngine:
                     queues = [await self._alive(self._add(request, salt)) for request in requests]
                 finally:
                     await self._alive(self._llm.resume_generation())
-            return list(await asyncio.gather(*(self._finish(queue) for queue in queues)))
+            return list(await asyncio.gather(*map(self._finish, requests, queues)))
 
     async def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         self._scorings_begun += 1
@@ -145,6 +149,9 @@ class VllmEngine:
 
     async def load(self, update: WeightUpdate) -> LoadReceipt:
         seconds: dict[str, float] = {}
+        if update.path is not None:
+            with _timed(seconds, "prepare"):
+                await self._prepare(update)
         async with self._turn:
             with _timed(seconds, "pause"):
                 await self._alive(self._llm.pause_generation(mode="keep", clear_cache=False))
@@ -178,6 +185,17 @@ class VllmEngine:
         await asyncio.gather(*self._deaths)
         del self._llm  # else vLLM shuts it down once more when the interpreter ends, and complains
 
+    async def _prepare(self, update: WeightUpdate) -> None:
+        """Have an update's file read and verified while the engine goes on; its workers are asked between two steps."""
+        try:
+            await self._alive(self._llm.collective_rpc("slipstream_prepare", args=(_update_info(update),)))
+            while not all(await self._alive(self._llm.collective_rpc("slipstream_prepared"))):
+                pass
+        except EngineDied:
+            raise
+        except Exception as error:
+            raise self._not_taken(update, error) from error
+
     async def _replace_weights(self, update: WeightUpdate) -> tuple[TensorDigest, ...]:
         """Load an update into the paused engine. On failure, resume only if the old weights are still whole."""
         request = WeightTransferUpdateRequest(update_info=_update_info(update))
@@ -192,14 +210,17 @@ class VllmEngine:
             _, self._torn = await self._received()
             if not self._torn:
                 await self._alive(self._llm.resume_generation())
-            raise WeightUpdateError(
-                f"engine {self.settings.name} did not take version {update.version} and stays at {self.version}"
-                f"{', paused between the two' if self._torn else ''}: {_reason(error)}"
-            ) from error
+            raise self._not_taken(update, error) from error
         await self._alive(self._llm.update_weight_version(str(update.version)))
         self.version = update.version
         self._torn = False
         return received
+
+    def _not_taken(self, update: WeightUpdate, error: Exception) -> WeightUpdateError:
+        return WeightUpdateError(
+            f"engine {self.settings.name} did not take version {update.version} and stays at {self.version}"
+            f"{', paused between the two' if self._torn else ''}: {_reason(error)}"
+        )
 
     async def _received(self) -> tuple[tuple[TensorDigest, ...], bool]:
         """What the workers received last, each having verified it, and whether one holds parts of two versions."""
@@ -215,13 +236,16 @@ class VllmEngine:
             seed=_spread(request.seed),  # sample i uses this seed + i
             logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            detokenize=False,
         )
         prompt = tokens_input(list(request.token_ids), cache_salt=salt)
-        return await self._llm.add_request(request.request_id, prompt, parameters)
+        return await self._llm.add_request(request.request_id, prompt, parameters, priority=request.priority)
 
-    async def _finish(self, queue: RequestOutputCollector) -> tuple[Completion, ...]:
+    async def _finish(self, request: SampleRequest, queue: RequestOutputCollector) -> tuple[Completion, ...]:
         output = await self._alive(self._collect(queue))
-        return tuple(_completion(each) for each in sorted(output.outputs, key=lambda each: each.index))
+        outputs = sorted(output.outputs, key=lambda each: each.index)
+        texts = await self._detokeniser.texts(request.token_ids, [_readable(each) for each in outputs])
+        return tuple(map(_completion, outputs, texts))
 
     async def _collect(self, queue: RequestOutputCollector) -> RequestOutput:
         """The final output; an abandoned request is aborted, so that it frees its place."""
@@ -273,59 +297,6 @@ class VllmEngine:
         return EngineDied(f"the engine of {self.settings.name} died: {how}; the log of {self.settings.name} says why")
 
 
-def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
-    on_cpu = settings.device == "cpu"
-    return AsyncEngineArgs(
-        model=settings.model_dir,
-        dtype="bfloat16",
-        hf_overrides={"head_dtype": "float32"} if settings.head_dtype == "float32" else {},
-        max_model_len=settings.max_context_tokens,
-        max_num_seqs=settings.max_sequences,
-        tensor_parallel_size=settings.tensor_parallel,
-        gpu_memory_utilization=settings.gpu_memory_fraction,
-        kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30) if on_cpu else None,
-        enforce_eager=on_cpu,  # compiling costs minutes on a CPU; on CUDA the graphs are worth it
-        # vLLM rewinds a seeded request's generator after each chunk of its prompt, which CPU generators refuse ("CPU
-        # Generator does not use offset", vllm/v1/worker/gpu_model_runner.py of 0.32.0): the engine would die.
-        enable_chunked_prefill=False if on_cpu else None,
-        max_num_batched_tokens=max(2048, settings.max_context_tokens) if on_cpu else None,
-        seed=settings.seed,
-        logprobs_mode="processed_logprobs",
-        enable_prefix_caching=True,
-        worker_extension_cls="actors.weight_receiver.WorkerExtension",
-        weight_transfer_config=WeightTransferConfig(backend=BACKENDS[settings.weight_backend]),
-        disable_log_stats=True,
-    )
-
-
-def _variables(settings: EngineSettings) -> dict[str, str]:
-    """What vLLM takes from its environment only. nobind: pinned threads would sit on the core the learner uses."""
-    variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    variables["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
-    if settings.device == "cpu":
-        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        # vLLM compiles a few helpers even when eager, which ends a worker where there is no C++ compiler
-        variables["TORCHDYNAMO_DISABLE"] = "1"
-        if settings.threads is not None:
-            variables["OMP_NUM_THREADS"] = str(settings.threads)
-    return variables
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes started inside, and put back what was there."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
@@ -351,12 +322,27 @@ def _update_info(update: WeightUpdate) -> dict:
     }
 
 
-def _completion(output: CompletionOutput) -> Completion:
+def _backend(settings: EngineSettings, tokenizer: object) -> Tokenizer:
+    """What vLLM's tokenizer decodes with. Raises ValueError for one of vLLM's own making, or in Python."""
+    if not isinstance(tokenizer, TokenizersBackend):
+        raise ValueError(
+            f"the tokenizer of {settings.model_dir} is a {type(tokenizer).__name__}, which the tokenizers library does "
+            "not run; add a tokenizer.json to the model's directory"
+        )
+    return tokenizer.backend_tokenizer
+
+
+def _readable(output: CompletionOutput) -> Sequence[int]:
+    """The tokens that vLLM would make text of: without the one that ended the answer."""
+    return output.token_ids[:-1] if output.finish_reason == "stop" else output.token_ids
+
+
+def _completion(output: CompletionOutput, text: str) -> Completion:
     """vLLM's output in our words. Completion itself refuses lengths and spans that disagree."""
     token_ids = tuple(output.token_ids)
     entries = output.logprobs or []
     return Completion(
-        text=output.text,
+        text=text,
         token_ids=token_ids,
         logprobs=tuple(entry[token].logprob for token, entry in zip(token_ids, entries, strict=True)),
         spans=tuple(VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions or ()),

@@ -11,7 +11,7 @@ class Workload:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._requests: dict[object, tuple[float, int]] = {}
+        self._requests: dict[object, tuple[float, int, float]] = {}
         self._working = False
         self._counted_to = clock()
         self._working_s = 0.0
@@ -20,19 +20,29 @@ class Workload:
     @property
     def in_hand(self) -> int:
         """Draws or prompts that are being answered."""
-        return sum(count for _, count in self._requests.values())
+        return sum(count for _, count, _ in self._requests.values())
+
+    @property
+    def expected_tokens(self) -> float | None:
+        """Tokens that all in hand are believed to take together; None where nobody knows of one."""
+        expected = [tokens for _, _, tokens in self._requests.values()]
+        return sum(expected) if all(expected) else None
+
+    def load(self, in_tokens: bool) -> float:
+        """What is in hand, in expected tokens, or in draws and prompts."""
+        return (self.expected_tokens or 0.0) if in_tokens else self.in_hand
 
     @property
     def oldest_s(self) -> float:
         """Age of the request that has waited longest; 0 if there is none."""
-        return self._clock() - min((since for since, _ in self._requests.values()), default=self._clock())
+        return self._clock() - min((since for since, _, _ in self._requests.values()), default=self._clock())
 
     @contextlib.contextmanager
-    def holding(self, count: int) -> Iterator[None]:
-        """Have `count` draws or prompts in hand."""
+    def holding(self, count: int, expected_tokens: float = 0.0) -> Iterator[None]:
+        """Have `count` draws or prompts in hand, believed to take so many tokens together; 0 where nobody knows."""
         self._count()
         key = object()
-        self._requests[key] = (self._clock(), count)
+        self._requests[key] = (self._clock(), count, expected_tokens)
         try:
             yield
         finally:

@@ -30,11 +30,16 @@ class Curriculum:
         group_size: int,
         seed: int,
         prompts: Mapping[str, Mapping[str, Sequence[KnownPrompt]]] | None = None,
+        refills: bool = True,
     ) -> None:
-        """prompts names those of finite levels (PromptSources.known). ValueError where a class of one's own fails."""
+        """prompts names those of finite levels (PromptSources.known). ValueError where a class of one's own fails.
+
+        refills is False where a group that teaches nothing counts in its batch, and no other is drawn for it.
+        """
         assert levels and all(levels.values()) and set(levels) == set(source_weights)
         self._settings = settings
-        self._group_size = group_size
+        self._refills = refills
+        self.group_size = group_size
         self._beliefs = BucketBeliefs(levels, settings, group_size)
         setup = Setup(levels, source_weights, settings, group_size, seed, self._beliefs, prompts or {})
         built_in = BUILT_IN.get(settings.name)
@@ -75,14 +80,14 @@ class Curriculum:
             level=level,
             key=key,
             pass_rate=pass_rate,
-            answers=self._group_size if answers is None else answers,
+            answers=self.group_size if answers is None else answers,
             informative=informative,
             version=version,
         )
         self._beliefs.add(feedback)
         self._chooser.observe(feedback)
         self._uninformative_in_a_row = 0 if informative else self._uninformative_in_a_row + 1
-        self._uninformative_since_step += not informative
+        self._uninformative_since_step += self._refills and not informative
 
     def step_made(self) -> None:
         """An optimizer step was made: what it may spend on groups without signal is counted anew."""

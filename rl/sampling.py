@@ -17,6 +17,7 @@ from typing import Any
 
 from rl.buffer import BufferStats
 from rl.crew import Crew
+from rl.lengths import LengthBeliefs
 from rl.orders import Draw
 from rl.parts import Parts, Plan
 from rl.shared import Shared
@@ -43,6 +44,7 @@ class Sampler:
         self._ahead: set[str] = set()  # leased or dropped before their report came: a generator died after publishing
         self._unfinished: list[Draw] = []  # drawn by an earlier process, or lost with it: sampled before new ones
         self._drops: deque[tuple[int, str, int, DropReason]] = deque(maxlen=REMEMBERED_DROPS)
+        self._lengths = LengthBeliefs()
         self._keeping = asyncio.Lock()
 
     async def loop(self) -> None:
@@ -118,7 +120,8 @@ class Sampler:
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big") >> 1
         group_id = f"{self.plan.run_id}/{number:08d}"
         self.parts.recorder.draw(number, group_id, prompt.prompt_id, choice)
-        return Draw(group_id=group_id, draw=number, prompt=prompt, seed=seed)
+        expected_tokens = self.parts.curriculum.group_size * self._lengths.mean(prompt.source, prompt.level)
+        return Draw(group_id=group_id, draw=number, prompt=prompt, seed=seed, expected_tokens=expected_tokens)
 
     async def _sample_group(self, draw: Draw) -> None:
         what = f"group {draw.group_id} (prompt {draw.prompt.prompt_id})"
@@ -150,6 +153,8 @@ class Sampler:
         else:
             await self._book(report)
         self._observe(report.source, report.level, report.scores, report.oldest_version, report.prompt_id)
+        cut = report.dropped in ("stale", "aborted")
+        self._lengths.observe(report.source, report.level, report.completion_tokens, cut)
         parts.account.add(report)
         parts.rewards.observe(report)
         parts.curriculum.check_signal(self.plan.groups_per_step)
@@ -232,6 +237,7 @@ class Sampler:
             "next_draw": self.next_draw,
             "prompts": self.parts.prompts.state_dict(),
             "curriculum": self.parts.curriculum.state_dict(),
+            "lengths": self._lengths.state_dict(),
             "seen": sorted(self._seen),
         }
 
@@ -243,6 +249,8 @@ class Sampler:
         self.next_draw = state["next_draw"]
         self.parts.prompts.load_state_dict(state["prompts"])
         self.parts.curriculum.load_state_dict(state["curriculum"])
+        if "lengths" in state:  # what earlier versions saved has none
+            self._lengths.load_state_dict(state["lengths"])
         self._seen = set(state["seen"])
 
     def unseen(self, group_ids: Iterable[str]) -> list[str]:
@@ -254,6 +262,8 @@ class Sampler:
         self._seen.add(group.group_id)
         prompt = group.prompt
         self._observe(prompt.source, prompt.level, group.scores, group.oldest_version, prompt.prompt_id)
+        lengths = [len(trajectory.completion.token_ids) for trajectory in group.trajectories]
+        self._lengths.observe(prompt.source, prompt.level, lengths)
 
     def take_up(self, waiting: Iterable[str], unfinished: Sequence[Draw]) -> None:
         """Go on with the groups that an earlier process left waiting, and the draws that it left unfinished."""

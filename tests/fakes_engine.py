@@ -124,7 +124,8 @@ class FakeEngine:
             self.fail_updates -= 1
             raise WeightUpdateError(f"the fake engine refused version {update.version}")
         self.version = update.version
-        seconds = {"pause": 0.0, "load": 0.0, "resume": 0.0}
+        prepared = {} if update.path is None else {"prepare": 0.0}
+        seconds = {**prepared, "pause": 0.0, "load": 0.0, "resume": 0.0}
         return LoadReceipt(version=update.version, tensors=self.altered or update.tensors, missing=(), seconds=seconds)
 
     async def watch(self) -> None:

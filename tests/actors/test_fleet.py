@@ -20,8 +20,9 @@ from tests.fakes_engine import FakeProcess, World, until
 PACE = Pace(max_restarts=3, heartbeat_deadline_s=60, start_deadline_s=20, leave_deadline_s=20)
 
 
-def draw(number: int) -> Draw:
-    return Draw(group_id=f"run/{number}", draw=number, prompt=make_prompt(index=number), seed=number)
+def draw(number: int, expected_tokens: float = 0.0) -> Draw:
+    prompt = make_prompt(index=number)
+    return Draw(group_id=f"run/{number}", draw=number, prompt=prompt, seed=number, expected_tokens=expected_tokens)
 
 
 @pytest.fixture
@@ -34,8 +35,10 @@ async def start(world):
     """Starts a fleet of so many; it is closed after the test, and then no process and no task may be left."""
     fleets: list[GeneratorFleet] = []
 
-    async def start(count: int = 2, **pace) -> GeneratorFleet:
-        fleet = GeneratorFleet(world.launch, msgspec.structs.replace(PACE, **pace), world.board, max_tokens=8)
+    async def start(count: int = 2, longest_first: bool = False, **pace) -> GeneratorFleet:
+        fleet = GeneratorFleet(
+            world.launch, msgspec.structs.replace(PACE, **pace), world.board, max_tokens=8, longest_first=longest_first
+        )
         fleets.append(fleet)
         await fleet.begin(count)
         return fleet
@@ -74,6 +77,35 @@ async def test_a_draw_goes_to_the_generator_with_the_fewest_in_hand(world, start
     assert [len(world.process(index).called("rollout")) for index in (0, 1)] == [1, 3]
     world.process(0).engine.hold.set()
     assert (await busy).draw == 0
+
+
+async def test_a_draw_goes_to_the_generator_with_the_fewest_tokens_to_come_where_they_are_known(world, start):
+    fleet = await start()
+    for index in (0, 1):
+        world.process(index).engine.hold.clear()
+    pending = []
+
+    async def give(number: int, expected_tokens: float) -> list[int]:
+        pending.append(asyncio.create_task(fleet.rollout(draw(number, expected_tokens))))
+        await until(lambda: sum(len(world.process(index).engine.requests) for index in (0, 1)) == len(pending))
+        return [len(world.process(index).engine.requests) for index in (0, 1)]
+
+    assert await give(0, 900.0) == [1, 0]
+    assert [await give(number, 300.0) for number in (1, 2, 3)] == [[1, 1], [1, 2], [1, 3]]
+    assert await give(4, 0.0) == [2, 3]  # 900 tokens each
+    assert await give(5, 300.0) == [3, 3], "two against three: nobody knows how long the unknown one takes"
+    for index in (0, 1):
+        world.process(index).engine.hold.set()
+    await asyncio.gather(*pending)
+
+
+async def test_a_round_is_given_in_its_order_or_with_the_longest_first_and_told_of_in_its_order(world, start):
+    lengths = {0: 100.0, 1: 300.0, 2: 200.0, 3: 300.0}
+    for longest_first, hands in ((False, [[0, 2], [1, 3]]), (True, [[1, 2], [3, 0]])):
+        fleet = await start(longest_first=longest_first)
+        reports = await fleet.rollout_round([draw(number, tokens) for number, tokens in lengths.items()])
+        assert [each.draw for each in reports] == [0, 1, 2, 3]
+        assert [drawn(world.process(index)) for index in (0, 1)] == [[hand] for hand in hands]
 
 
 async def test_a_round_is_dealt_out_alike_every_time_and_nothing_is_lost(world, start):

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import pathlib
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -11,8 +12,10 @@ import pytest
 
 from actors.engine import EngineDied
 from actors.generator import Generator
+from actors.rollout import FURTHER_SEEDS
 from rl.config import Overlong
 from rl.orders import Draw
+from rl.time_ledger import added
 from rl.trajectory import Group
 from rl.weights import NcclGroup, TensorDigest, WeightUpdate, WeightUpdateError, combined, verify
 from tests.fakes import make_prompt
@@ -66,6 +69,36 @@ async def test_a_group_without_signal_is_reported_and_not_published(generator, e
     engine.answer = lambda request, index: "7"
     report = await generator.rollout(make_draw())
     assert report.dropped == "zero_advantage" and not buffer.groups
+
+
+async def test_a_group_of_equal_rewards_counts_in_its_batch_where_they_are_kept(engine, buffer, tmp_path):
+    generator = two_stages(engine, buffer, tmp_path, zero_advantage="keep")
+    engine.answer = lambda request, index: "x" if request.seed % FURTHER_SEEDS == 1 else "7"
+    whole, failed = [await generator.rollout(make_draw(number)) for number in range(2)]
+    assert whole.dropped is None and whole.rewards == (0.0,) * 5 and len(buffer.groups) == 1
+    assert failed.dropped == "reward_failure" and len(failed.rewards) == 2
+
+
+async def test_an_engine_is_told_what_takes_longest_only_where_that_decides_the_order(engine, buffer, tmp_path):
+    draw = msgspec.structs.replace(make_draw(), expected_tokens=99.5)
+    for order in ("arrival", "longest_first"):
+        await two_stages(engine, buffer, tmp_path, order=order, first_answers=None).rollout(draw)
+    assert [request.priority for request in engine.requests] == [0, -99]
+
+
+async def test_reports_account_for_every_second_of_the_generator_once(generator, engine):
+    began = time.monotonic()
+    engine.hold.clear()
+    rollouts = [asyncio.create_task(generator.rollout(make_draw(number))) for number in range(2)]
+    await until(lambda: len(engine.requests) == 2)
+    await generator.update(make_update(1))
+    engine.hold.set()
+    reports = [await rollout for rollout in rollouts]
+    await generator.evaluate([make_prompt()], 0.0, 8, seed=3)
+    reports.append(await generator.rollout(make_draw(2)))
+    seconds = added([report.ledger for report in reports])
+    assert set(seconds) <= {"update", "sample", "judge", "publish", "idle"} and seconds["update"] > 0
+    assert sum(seconds.values()) == pytest.approx(time.monotonic() - began, abs=0.05)
 
 
 async def test_failed_judgements_are_never_numbers(generator, engine, buffer):

@@ -38,6 +38,13 @@ def test_a_draw_asks_for_a_group_with_its_own_seed():
     assert request.token_ids == DRAW.prompt.token_ids
 
 
+def test_a_draw_that_is_believed_to_take_long_asks_to_start_first_where_lengths_decide():
+    draw = msgspec.structs.replace(DRAW, expected_tokens=120.7)
+    arrival, first = (sample_request(draw, 4, 8, 0.7, longest_first) for longest_first in (False, True))
+    assert (arrival.priority, first.priority) == (0, -120)
+    assert further_request(first, group_size=6).priority == -120
+
+
 def test_the_rest_of_a_group_has_an_id_and_a_seed_that_no_draw_has():
     first = sample_request(DRAW, count=2, max_tokens=8, temperature=0.7)
     rest = further_request(first, group_size=6)

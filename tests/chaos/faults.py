@@ -13,7 +13,6 @@ from rl.process_guard import marked_processes
 
 NAMES = {
     "engine": "VLLM::EngineCore",
-    "worker": "VLLM::Worker",
     "actor": "ray::GeneratorProcess",
     "rank": "ray::LearnerProcess",
     "redis": "redis-server",

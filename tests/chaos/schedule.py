@@ -17,7 +17,6 @@ HANG_S = 12.0  # longer than a test's heartbeat deadline
 MOMENTS_S = 4.0  # a fault falls anywhere within the first seconds of a step
 HEALED_BY = {
     "engine": "generator_joined",
-    "worker": "generator_joined",
     "actor": "generator_joined",
     "rank": "rollback",
     "redis": "reconciled",

@@ -22,12 +22,12 @@ SETTINGS = (
     "monitoring.heartbeat_deadline_s=10",
     "curriculum.max_uninformative_steps=1000",
 )
-KINDS = ("engine", "rank", "redis", "driver", "actor", "worker")
+KINDS = ("engine", "rank", "redis", "driver", "actor")
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_run_that_loses_everything_once_keeps_every_promise(rl, seed):
-    kinds = KINDS if seed == 1 else ("rank/stop", "engine/stop", "redis/stop", "driver", "rank", "worker/stop")
+    kinds = KINDS if seed == 1 else ("rank/stop", "engine/stop", "redis/stop", "driver", "rank")
     faults = seeded(seed, kinds)
     patient = Patient(rl("run", "smoke", f"run.steps={faults[-1].after_step + 3}", *SETTINGS), rl)
     patient.suffer(faults)

@@ -283,3 +283,12 @@ def test_a_state_of_an_earlier_version_or_of_another_chooser_is_refused() -> Non
         curriculum.load_state_dict({"credits": {}, "evidence": {}, "uninformative_in_a_row": 0})
     with pytest.raises(ValueError, match="is 'uniform', curriculum.name is 'band'; resume with"):
         curriculum.load_state_dict(curriculum_over({"sums": ("a",)}, UNIFORM).state_dict())
+
+
+def test_groups_that_count_in_their_batch_although_they_teach_nothing_are_no_refills():
+    section = CurriculumSection(max_refill_factor=1, max_uninformative_steps=1000)
+    curriculum = Curriculum({"sums": ("easy",)}, {"sums": 1.0}, section, GROUP_SIZE, 0, refills=False)
+    for _ in range(99):
+        curriculum.observe("sums", "easy", 0.0, False, 0)
+    curriculum.check_signal(groups_per_step=8)
+    assert curriculum.metrics()["curriculum/refills_since_step/groups"].value == 0

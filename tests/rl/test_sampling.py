@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import secrets
 
 import msgspec
@@ -231,3 +232,35 @@ async def test_a_penalty_for_length_does_not_count_in_what_the_curriculum_is_tol
     await sampler._absorb(make_report(group))
     sampler.see(group)
     assert [facts[2] for facts in told] == [1.0, 1.0]
+
+
+# How long answers are believed to be
+
+
+async def test_a_draw_says_how_many_tokens_its_group_is_believed_to_take_and_a_restart_says_the_same(place):
+    sampler, buffer = place
+    first = await sampler._next()
+    group = make_group(first, (0.0, 1.0))
+    await sampler._absorb(make_report(group))
+    state = sampler.state()
+    draw = sampler._draw()
+    answers = [len(trajectory.completion.token_ids) for trajectory in group.trajectories]
+    believed = sampler.parts.curriculum.group_size * sum(answers) / len(answers)
+    assert (first.expected_tokens, draw.expected_tokens) == (0.0, believed)
+    sampler.load_state(json.loads(json.dumps(state)))
+    assert sampler._draw() == draw
+    assert [each.expected_tokens for each in await buffer.drawn()] == [0.0]
+
+
+async def test_a_state_that_was_saved_before_lengths_were_believed_is_taken_up(place):
+    sampler, _ = place
+    old = {name: value for name, value in sampler.state().items() if name != "lengths"}
+    sampler.load_state(old)
+    assert sampler._draw().expected_tokens == 0.0
+
+
+async def test_a_published_group_that_nobody_had_learnt_from_teaches_its_length_too(place):
+    sampler, _ = place
+    draw = await sampler._next()
+    sampler.see(make_group(draw, (0.0, 1.0)))
+    assert sampler._draw().expected_tokens > 0.0
