@@ -263,6 +263,12 @@ class RunConfig(Section):
         return self.model.max_context_tokens - self.rollout.max_tokens
 
     @property
+    def longest_row_tokens(self) -> int:
+        """Tokens of the longest row that the learner can meet, every answer in it at full length."""
+        answers = self.rollout.group_size if self.learner.packing == "shared_prefix" else 1
+        return self.max_prompt_tokens + answers * self.rollout.max_tokens
+
+    @property
     def trajectories_per_step(self) -> int:
         """Completions in one optimizer step."""
         return self.learner.groups_per_step * self.rollout.group_size
@@ -284,11 +290,12 @@ class RunConfig(Section):
                 f"rollout.max_tokens {self.rollout.max_tokens} leaves no room for a prompt in model.max_context_tokens "
                 f"{self.model.max_context_tokens}; lower the one or raise the other"
             )
-        longest_row = self.model.max_context_tokens + (self.rollout.group_size - 1) * self.rollout.max_tokens
-        if self.learner.micro_batch_tokens < longest_row:
+        if self.learner.micro_batch_tokens < self.longest_row_tokens:
+            answers = self.rollout.group_size if self.learner.packing == "shared_prefix" else 1
             raise ValueError(
-                f"learner.micro_batch_tokens {self.learner.micro_batch_tokens} cannot hold the longest group of "
-                f"{longest_row} tokens (one prompt and {self.rollout.group_size} answers); raise it to {longest_row}"
+                f"learner.micro_batch_tokens {self.learner.micro_batch_tokens} cannot hold the longest row of "
+                f"{self.longest_row_tokens} tokens (learner.packing {self.learner.packing}: one prompt, answers: "
+                f"{answers}); raise it to {self.longest_row_tokens}"
             )
         if self.learner.groups_per_step < self.learner.ranks:
             raise ValueError(
@@ -303,16 +310,29 @@ class RunConfig(Section):
                 f"buffer.max_bytes {self.buffer.max_bytes} cannot hold one group of {self.rollout.group_size} answers "
                 f"of {self.rollout.max_tokens} tokens, which has {largest} bytes or more; raise it"
             )
-        if not self.staleness.max_lag and any(
-            rule.action == "tighten_gate" for rule in self.staleness.guardrails.values()
-        ):
-            raise ValueError("a guardrail has the action tighten_gate, but staleness.max_lag is 0 already; delete it")
+        self._gate_admits()
         self._rollout_agrees()
         self._rewards_name_sources()
         weights = [function.weight for function in self.rewards.functions.values()]
         for reason in refusals(self.algorithm, self.staleness.max_lag, weights, self.rewards.overlong is not None):
             raise ValueError(reason)
         return self
+
+    def _gate_admits(self) -> None:
+        max_lag, every = self.staleness.max_lag, self.weights.every_steps
+        tightens = any(rule.action == "tighten_gate" for rule in self.staleness.guardrails.values())
+        if tightens and not max_lag:
+            raise ValueError("a guardrail has the action tighten_gate, but staleness.max_lag is 0 already; delete it")
+        if every > max_lag + 1:
+            raise ValueError(
+                f"weights.every_steps {every} is more than staleness.max_lag {max_lag} + 1: the learner would wait for "
+                f"groups that only newer weights may sample; lower it to {max_lag + 1}, or raise max_lag to {every - 1}"
+            )
+        if tightens and every > 1:
+            raise ValueError(
+                f"a guardrail has the action tighten_gate, but with weights.every_steps {every} a tightened gate would "
+                "admit nothing before weights come; set every_steps to 1, or delete the guardrail"
+            )
 
     def _rollout_agrees(self) -> None:
         rollout, overlong = self.rollout, self.rewards.overlong

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rl.buffer import BufferLimits
 from rl.check import Threads
@@ -37,6 +37,12 @@ def limits_of(config: RunConfig) -> BufferLimits:
 def _cpus(threads: int) -> int:
     """What Ray reserves: nothing where Ray is our own, so that `rl scale` is not refused for cores that are shared."""
     return threads if os.environ.get("RAY_ADDRESS") else 0
+
+
+def _transport(config: RunConfig) -> Literal["auto", "dense", "delta"]:
+    """auto is dense where Ray is our own, for all generators read the whole file in place then, which is faster."""
+    transport = config.weights.transport
+    return "dense" if transport == "auto" and not os.environ.get("RAY_ADDRESS") else transport
 
 
 def generator_settings(
@@ -71,6 +77,8 @@ def generator_settings(
             temperature=config.rollout.temperature,
             first_answers=config.rollout.first_answers,
             overlong=config.rewards.overlong,
+            order=config.rollout.order,
+            zero_advantage=config.rollout.zero_advantage,
             reward_weights={name: function.weight for name, function in functions.items()},
             reward_names={
                 source: tuple(name for name, each in functions.items() if source in (each.sources or config.sources))
@@ -118,6 +126,7 @@ def learner_settings(
             algorithm=config.algorithm,
             head_dtype=config.model.head_dtype,
             guardrails=dict(config.staleness.guardrails),
+            transport=_transport(config),
         ),
         redis_url=url,
         log_folder=str(directory.logs),

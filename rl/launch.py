@@ -30,6 +30,7 @@ from rl.curriculum import Curriculum
 from rl.embedded_redis import EmbeddedRedis
 from rl.fleet_settings import generator_settings, learner_settings, limits_of
 from rl.parts import Parts, Plan
+from rl.planner import advice
 from rl.process_guard import MARK, guarded
 from rl.prompts import PromptSources
 from rl.recorder import Recorder, RunDirectory
@@ -38,6 +39,8 @@ from rl.resume import take_up
 from rl.run import Run
 from rl.run_outcome import Outcome
 from rl.staleness import Gate
+from rl.terminal import ROLES
+from rl.time_ledger import IDLE
 from rl.waits import within
 from rl.wiring import Stopper, Wiring
 
@@ -75,6 +78,7 @@ async def launch(
             async with AsyncExitStack() as stack:
                 run = await _assemble(stack, wiring, desk, resume, step)
                 status = await run.main()
+                _explain(wiring)
                 outcome = Outcome(status=status, step=run.step, summary=_summary(status, run, directory))
     except AlreadyRunning:
         raise
@@ -87,6 +91,16 @@ async def launch(
         outcome = Outcome.of_error("refused" if bad_input else "failed", error, stopper.step)
     recorder.event("end", status=outcome.status, step=outcome.step, killed=killed)
     return outcome
+
+
+def _explain(wiring: Wiring) -> None:
+    """Say where the time went, and what would use the devices better."""
+    config, progress = wiring.config, wiring.progress
+    progress.where_the_time_went()
+    idle = (progress.shares(role).get(IDLE, 0.0) for role in ROLES)
+    found = advice(*idle, config.generators.count, config.learner.ranks)
+    if found:
+        progress.note(found)
 
 
 def _summary(status: str, run: Run, directory: RunDirectory) -> str:
@@ -110,15 +124,19 @@ async def _assemble(stack: AsyncExitStack, wiring: Wiring, desk: Desk, resume: b
         wiring.progress.note(f"[yellow]{escape(buffer.warning)}[/yellow]")
     threads = share_threads(config, available_cores())
     wiring.progress.note(_banner(config, directory, threads))
-    model_dir = await asyncio.to_thread(resolve_model, config.model.path)
-    if shortfall := disk_shortfall(config, directory.path):
-        raise ValueError(shortfall)  # now, and not after the first step
-    prompts = await asyncio.to_thread(_open_prompts, config, model_dir)
+    opening = asyncio.to_thread(_open_model, config, directory)
+    ray_up = stack.enter_async_context(_ray(directory.run_id))
+    (model_dir, prompts), _ = await together(opening, ray_up)  # half of a second run's start is these two
     weights = {name: source.weight for name, source in config.sources.items()}
     curriculum = Curriculum(
-        prompts.levels, weights, config.curriculum, config.rollout.group_size, config.run.seed, prompts.known
+        prompts.levels,
+        weights,
+        config.curriculum,
+        config.rollout.group_size,
+        config.run.seed,
+        prompts.known,
+        refills=config.rollout.zero_advantage == "drop",
     )
-    await stack.enter_async_context(_ray(directory.run_id))
     if wiring.stopper is not None:
         wiring.stopper.listen()
     wiring.progress.note("starting the engines and the learner ranks")
@@ -204,6 +222,7 @@ def _plan(config: RunConfig, run_id: str, start_step: int) -> Plan:
         start_step=start_step,
         guardrails=config.staleness.guardrails,
         long_tail=config.rollout.long_tail,
+        weights_every_steps=config.weights.every_steps,
     )
 
 
@@ -214,13 +233,18 @@ def resolve_model(path: str) -> str:
     return resolve_model(path, str(cache_folder()))
 
 
-def _open_prompts(config: RunConfig, model_dir: str) -> PromptSources:
+def _open_model(config: RunConfig, directory: RunDirectory) -> tuple[str, PromptSources]:
+    """The model's directory, and the prompts rendered for it. Raises ValueError where the run will not fit the disk."""
     from actors.chat import ChatTokenizer
 
+    model_dir = resolve_model(config.model.path)
+    if shortfall := disk_shortfall(config, directory.path):
+        raise ValueError(shortfall)  # now, and not after the first step
     render = ChatTokenizer(model_dir).render
-    return PromptSources.open(
+    prompts = PromptSources.open(
         config.sources, render, config.max_prompt_tokens, config.run.seed, config.model.system_prompt
     )
+    return model_dir, prompts
 
 
 async def _embedded_redis(stack: AsyncExitStack, directory: RunDirectory) -> EmbeddedRedis:

@@ -58,6 +58,7 @@ class Run:
         self.saver = Saver(plan, parts, self.sampler, self._crew)
         self._guard = GateGuard(plan.guardrails, parts.gate)
         self._sampling = False
+        self._names_checked = False
         self._evaluation_due = asyncio.Event()
         self._last_evaluation: Evaluation | None = None
         self._ledger = {step: groups for step, groups in parts.recorder.read_ledger().items() if step > plan.start_step}
@@ -126,7 +127,7 @@ class Run:
         self.saver.trained(step, entries)
         if step > self._furthest_step:
             self._furthest_step, self._restarts_in_a_row = step, 0
-        await self.delivery.offer(step)
+        await self.delivery.offer_if_due(step)
         counts = await self._record(report, groups)
         if step % plan.evaluation.every_steps == 0 and step < plan.run.steps:
             self._evaluation_due.set()
@@ -145,7 +146,7 @@ class Run:
         sampling = parts.curriculum.metrics() | parts.prompts.metrics() | parts.generators.metrics()
         if self._last_evaluation is not None:
             sampling |= self._last_evaluation.metrics()
-        sampling |= self._own_metrics()
+        sampling |= self._own_metrics() | self.delivery.metrics()
         parts.account.trained(groups)
         metrics = parts.account.close(report, counts, sampling)
         parts.recorder.step(report.step, metrics)
@@ -159,8 +160,9 @@ class Run:
 
     def _act_on(self, report: StepReport, metrics: Metrics) -> None:
         """Have the guardrails look at a step; the learner's have acted before it."""
-        if report.step == self.plan.start_step + 1:
+        if not self._names_checked and report.has_gradient:  # a step without one reports less
             check_names(self.plan.guardrails, metrics, report.metrics)
+            self._names_checked = True
         for trip in (*report.trips, *self._guard.judge(metrics)):
             facts = {"name": trip.name, "action": trip.action, "metric": trip.metric, "value": trip.value}
             self.parts.recorder.event("guardrail", step=report.step, **facts, reason=str(trip))

@@ -36,7 +36,13 @@ MAY_ALSO_IMPORT = {
 # the loops and the command: nothing below may know them
 TOP_OF_RL = ("rl.run", "rl.wiring", "rl.launch", "rl.screen", "rl.cli", "rl.dashboard")
 VENDOR_DOORS = {
-    "vllm": {"actors/vllm_engine.py", "actors/weight_receiver.py", "learners/nccl_sender.py"},
+    "vllm": {
+        "actors/engine_arguments.py",
+        "actors/vllm_engine.py",
+        "actors/weight_receiver.py",
+        "actors/worker_extension.py",
+        "learners/nccl_sender.py",
+    },
     "redis": {"rl/buffer.py", "rl/redis_client.py"},
     "ray": {"rl/launch.py", "actors/generator_process.py", "learners/fleet.py"},
 }

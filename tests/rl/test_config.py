@@ -66,6 +66,9 @@ def test_a_frozen_config_cannot_be_changed():
         ({"buffer__max_bytes": 1 << 16, "rollout__max_tokens": 1000, "model__max_context_tokens": 2000,
           "learner__micro_batch_tokens": 10000}, "has 80000 bytes or more; raise it"),
         ({"weights__backend": "nccl"}, "needs NVIDIA GPUs"),
+        ({"weights__every_steps": 3, "staleness__max_lag": 1}, "lower it to 2, or raise max_lag to 2"),
+        ({"weights__every_steps": 2, "staleness__guardrails": {"fresh": {
+            "metric": "policy/lag_mean/versions", "above": 1.0, "action": "tighten_gate"}}}, "set every_steps to 1"),
         ({"curriculum__band_low": 0.9}, "swap them"),
         ({"run__name": "a run"}, "match pattern"),
         ({"run__stepz": 3}, "Extra inputs"),

@@ -8,7 +8,7 @@ import pytest
 
 from rl.check import share_threads
 from rl.config_loading import load_config
-from rl.fleet_settings import _anywhere, generator_settings, limits_of
+from rl.fleet_settings import _anywhere, _transport, generator_settings, limits_of
 from rl.recorder import RunDirectory
 
 
@@ -35,6 +35,22 @@ def test_every_source_is_judged_by_the_rewards_that_name_it_or_name_none(tmp_pat
 def test_cores_are_reserved_on_a_shared_cluster_only(tmp_path, monkeypatch, address, reserved):
     monkeypatch.setenv("RAY_ADDRESS", address)
     assert settings_of(tmp_path)[1].num_cpus == reserved
+
+
+@pytest.mark.parametrize(
+    ("address", "asked", "transport"),
+    [
+        ("", "auto", "dense"),
+        ("ray:1", "auto", "auto"),
+        ("", "delta", "delta"),
+        ("ray:1", "dense", "dense"),
+    ],
+)
+def test_deltas_are_made_where_generators_may_be_on_other_nodes_or_when_asked_for(
+    monkeypatch, address, asked, transport
+):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert _transport(load_config("smoke", [f"weights.transport={asked}"])) == transport
 
 
 def test_every_process_has_the_same_limits_of_the_buffer():

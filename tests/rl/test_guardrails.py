@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import secrets
 
+import msgspec
 import pytest
 from pydantic import ValidationError
 
 from rl.buffer import Buffer, BufferLimits
 from rl.config import Guardrail
 from rl.guardrails import RUN_ACTIONS, STEP_ACTIONS, GateGuard, Guardrails, GuardrailStop, check_names
-from rl.metrics import mean
+from rl.metrics import mean, total
+from rl.orders import COMPUTED_TOKENS
 from rl.staleness import Gate
 from tests.fakes import make_run
 
@@ -117,3 +119,19 @@ async def test_a_rule_that_stops_ends_the_run_with_its_reason(tmp_path, buffer):
     with pytest.raises(GuardrailStop, match="below 0.5 for 3 steps or more, so the run stops"):
         await run.main()
     assert run.step == 3
+
+
+async def test_names_are_checked_at_the_first_step_that_has_a_gradient(tmp_path, buffer):
+    run = make_run(tmp_path / buffer.run_id, buffer, guardrails={"gap": rule("stop", metric="policy/no_such_metric")})
+    make, seen_at = run.parts.learners.step, []
+
+    async def without_gradient_at_first(order):
+        report = await make(order)
+        seen_at.append(report.step)
+        computed = {COMPUTED_TOKENS: total(0 if report.step == 1 else 8)}
+        return msgspec.structs.replace(report, metrics=report.metrics | computed)
+
+    run.parts.learners.step = without_gradient_at_first
+    with pytest.raises(ValueError, match="'policy/no_such_metric' is not among"):
+        await run.main()
+    assert seen_at == [1, 2]

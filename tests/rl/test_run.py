@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import secrets
 
@@ -9,9 +11,11 @@ import pytest
 
 from rl import checkpoints
 from rl.buffer import Buffer, BufferLimits
+from rl.config import EvaluationSection
 from rl.parts import LearnersLost
 from rl.recorder import RunDirectory
 from rl.resume import take_up
+from rl.run import Run
 from rl.weights import WeightUpdateError
 from tests.fakes import make_run
 
@@ -37,6 +41,20 @@ async def test_a_run_makes_all_its_steps_within_the_lag_bound_and_nothing_vanish
     assert counts.in_flight == 0
     assert counts.trained_groups == 40
     assert counts.drawn == 40 + sum(groups for groups, _ in counts.dropped.values())
+
+
+@pytest.mark.parametrize("every_steps", [2, 3])
+async def test_weights_that_are_delivered_every_few_steps_stall_nothing_and_bound_the_lag(
+    buffer, tmp_path, every_steps
+):
+    run = make_run(tmp_path / "r", buffer, steps=11, max_lag=2)
+    evaluation = EvaluationSection(every_steps=5, prompts_per_level=2)
+    run = Run(dataclasses.replace(run.plan, weights_every_steps=every_steps, evaluation=evaluation), run.parts)
+    async with asyncio.timeout(60):
+        assert await run.main() == "finished"
+    assert len(run.parts.learners.batches) == 11 and max(run.parts.learners.lags) <= 2
+    due = {2: [0, 2, 4, 5, 7, 9, 10, 11], 3: [0, 3, 5, 8, 10, 11]}
+    assert run.parts.generators.updates == due[every_steps]
 
 
 async def test_with_max_lag_0_two_runs_train_on_the_same_batches_in_the_order_of_the_draws(redis_url, tmp_path):
