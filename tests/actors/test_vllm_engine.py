@@ -133,7 +133,7 @@ def reference_logprobs(model_dir: str, sequence: tuple[int, ...], temperature=1.
 async def test_an_answers_text_is_the_one_that_vllm_writes_token_by_token(engine, prompt):
     parameters = {"max_tokens": 40, "seed": 3, "output_kind": RequestOutputKind.FINAL_ONLY}
     seen: set[str] = set()
-    for temperature in (1.0, 2.5):  # sense, and parts of characters
+    for temperature in (1.0, 2.0):  # sense, and parts of characters
         asked = SamplingParams(n=24, temperature=temperature, **parameters)
         (answer,) = [each async for each in engine._llm.generate(tokens_input(list(prompt)), asked, f"{temperature}")]
         texts = await engine._detokeniser.texts(prompt, [_readable(each) for each in answer.outputs])

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from learners.blocks import BlockOptions
 from learners.layouts import Layout, RowLengths
 from learners.model import join_ranks, load_policy, score_sequence
 from tests.learners.tiny import save_tiny_llama
@@ -47,8 +48,9 @@ def test_a_model_whose_logits_are_not_the_heads_alone_is_refused(tmp_path, proce
 
 def test_an_fp32_head_multiplies_the_same_bf16_numbers_and_rounds_no_logit(tmp_path, process_group):
     model_dir, ids = save_tiny_llama(tmp_path), (3, 9, 27, 4, 12)
+    own = BlockOptions("per_answer")  # ours computes attention in fp32, which would round the hidden states otherwise
     scores = {
-        head: score_sequence(load_policy(model_dir, "cpu", torch.float32, torch.bfloat16, head), ids)
+        head: score_sequence(load_policy(model_dir, "cpu", torch.float32, torch.bfloat16, head, own), ids)
         for head in ("bfloat16", "float32")
     }
     plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
