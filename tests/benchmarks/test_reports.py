@@ -170,7 +170,7 @@ class TestLag:
 
 
 def test_the_slow_judge_is_right_about_the_last_number_once_it_has_waited():
-    judge = load("configs/slow_judge.py:remote_judge", {"seconds": 0.01})
+    judge = load("configs.slow_judge:remote_judge", {"seconds": 0.01})
     assert judge("2 + 3 =", "It is 5.", "5", {}) == 1.0
     assert judge("2 + 3 =", "I do not know.", "5", {}) == 0.0
 
