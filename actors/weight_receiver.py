@@ -72,12 +72,17 @@ def unfilled_parameters(model: torch.nn.Module, expected: set[str], loaded: set[
 
 
 def finalize(model: torch.nn.Module, model_config: Any) -> None:
-    """Put the loaded weights where the kernels look for them, in layers that share a loaded parameter too.
+    """Put the loaded weights where the kernels look for them, in layers that share a loaded parameter too."""
+    finalize_layerwise_reload(model, model_config)
+    renew_tied(model)
+
+
+def renew_tied(model: torch.nn.Module) -> None:
+    """Have layers that share a parameter compute with its new values.
 
     vLLM processes a tied parameter for the layer that owns it only. On a CPU the output head computes with a repacked
     copy of its own, which would stay at the starting weights for ever.
     """
-    finalize_layerwise_reload(model, model_config)
     owned = dict(model.named_parameters())
     for name, _ in model.named_parameters(remove_duplicate=False):
         layer = model.get_submodule(name.rpartition(".")[0])

@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_weights.py [--rounds 7] [--quick]
 
 The generator's pause, from the call that pauses it to the one that resumes it, stands against vLLM's bare layerwise
-reload of the same weights in the same engine, in turns, while the engine is sampling. Publishing stands against
+reload of the same weights in the same engine, in turns, while the engine is sampling; and against that reload with the
+tied head renewed, without which the engine would go on with the head that it started with. Publishing stands against
 gathering, digesting and writing one after the other. Deltas come from one AdamW step with random gradients on fp32
 weights that round to the model's: the first step moves every weight by the learning rate, so theirs is the most.
 """
@@ -79,7 +80,7 @@ async def pausing(model_dir: str, weights: dict[str, torch.Tensor], rounds: int)
     files = SharedMemoryFiles(RUN, 1 << 30)
     engine = await VllmEngine.start(settings)
     try:
-        pauses, bare, phases = [], [], []
+        pauses, reloads, phases = [], [], []
         for version in range(1, rounds + 1):
             update = as_update(write(files, version, weights))
             request = SampleRequest(
@@ -98,15 +99,18 @@ async def pausing(model_dir: str, weights: dict[str, torch.Tensor], rounds: int)
             await sampling
             phases.append(seconds)
             pauses.append(seconds["pause"] + seconds["load"] + seconds["resume"])
-            bare += await engine._llm.collective_rpc("slipstream_bare_reload", args=(update.path,))
+            reloads += await engine._llm.collective_rpc("slipstream_bare_reload", args=(update.path,))
     finally:
         await engine.stop()
         files.remove()
+    bare, whole = zip(*reloads, strict=True)
     means = {phase: sum(each.get(phase, 0.0) for each in phases) / len(phases) for phase in phases[0]}
     rows = [
         ("generator pause, s", median(pauses)),
         ("bare layerwise reload, s", median(bare)),
         ("pause / bare reload", str(ratio(pauses, bare))),
+        ("reload with the tied head renewed, s", median(whole)),
+        ("pause / reload with the tied head renewed", str(ratio(pauses, whole))),
         *((f"mean of phase {phase}, s", seconds) for phase, seconds in means.items()),
     ]
     return Table(f"Pause of a generator with {SAMPLING} sequences in flight", ("what", "measured"), tuple(rows))
