@@ -67,7 +67,8 @@ async def test_the_manifest_holds_what_decides_the_following_draws(trained):
     await trained.saver.save(1)
     await trained.saver.settle()
     _, manifest = checkpoints.newest_checkpoint(trained.parts.recorder.directory.checkpoints)
-    assert manifest.state["next_draw"] == 2 and set(manifest.state) == {"next_draw", "prompts", "curriculum", "seen"}
+    assert manifest.state["next_draw"] == 2
+    assert set(manifest.state) == {"next_draw", "prompts", "curriculum", "lengths", "seen"}
 
 
 async def test_a_batch_that_redis_lost_comes_back_from_the_archive_in_its_order(trained):
